@@ -1,0 +1,98 @@
+# The workbench's commands; `make` alone lists them.
+#
+# Everything is installed inside this folder: the installer (uv) in .uv, the environment in .venv, what was
+# downloaded in .cache. Two variables change that:
+#   make run PYTHON=/path/to/python3.11     another interpreter than the python3 on PATH
+#   make run UV_CACHE_DIR=/scratch/uv       another folder for the downloads
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+RECIPE ?= synthetic
+UV_CACHE_DIR ?= $(CURDIR)/.cache/uv
+export UV_CACHE_DIR
+export UV_PYTHON_DOWNLOADS := never
+export PIP_USER := 0
+# These belong to another environment: an activated one, a cluster's module, or a GPU build.
+unexport CONDA_PREFIX PYTHONHOME PYTHONPATH UV_CONFIG_FILE VIRTUAL_ENV
+
+# What runs here finds the environment's own programs first, above all its mpiexec.
+in_environment := PATH="$(CURDIR)/.venv/bin:$$PATH"
+compile := .uv/bin/uv pip compile pyproject.toml --python-version 3.11.2 \
+	--generate-hashes --no-header --no-annotate --quiet
+
+.PHONY: help run test lint lab lock clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+run: .venv/.ready ## run the five notebooks on made-up data; RECIPE=name for another recipe, ARGS="--set key=value"
+	$(in_environment) .venv/bin/workbench run $(RECIPE) $(ARGS)
+
+test: .venv/.ready ## run the tests; ARGS="-k shards" for some of them
+	$(in_environment) .venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/.ready ## check style and formatting; `.venv/bin/ruff format .` formats
+	@.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+lab: .venv/.ready ## open JupyterLab on the notebooks; ARGS="--no-browser --port=8890"
+	$(in_environment) .venv/bin/jupyter lab --LabApp.default_url=/lab/tree/notebooks \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+lock: .uv/.ready ## pin what pyproject.toml asks for; ARGS=--upgrade takes newer versions
+	@$(compile) --extra cpu --extra dev $(ARGS) --output-file requirements-cpu.txt
+	# Horovod is left out: on GPUs it is built last, see environment.yml.
+	$(compile) --extra gpu --extra dev $(ARGS) --output-file requirements-gpu.txt \
+		--constraint requirements-cpu.txt --no-emit-package horovod
+	git diff --stat -- requirements-cpu.txt requirements-gpu.txt
+
+clean: ## remove what was installed and cached; data/ and results/ stay
+	rm -rf .uv .venv .cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Set-up. It can be broken off at any moment: .ready is written last, and an environment without it is made anew.
+
+define check_machine
+say() { echo "set-up: $$*"; }
+fail() { echo "set-up: $$*" >&2; exit 1; }
+[ "$$(uname -sm)" = "Linux x86_64" ] || fail "only Linux on x86-64 is supported, and this is $$(uname -sm)."
+[[ "$(CURDIR)" != *" "* ]] || fail "Horovod does not compile below a folder with a space in its name: move $(CURDIR)."
+command -v "$(PYTHON)" >/dev/null ||
+	fail "$(PYTHON) is missing: apt-get install python3 python3-venv (it has to be Python 3.11)."
+"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11, 2) <= sys.version_info[:3] < (3, 12))' ||
+	fail "Python 3.11 (3.11.2 or newer) is needed, and $(PYTHON) is $$("$(PYTHON)" --version 2>&1):" \
+		"install it and name it, as in 'make PYTHON=/usr/bin/python3.11'."
+"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null ||
+	fail "$(PYTHON) has no venv module: apt-get install python3-venv."
+command -v g++ >/dev/null || fail "g++ is missing, and Horovod is compiled here: apt-get install g++."
+python=$$("$(PYTHON)" -c 'import os, sys; print(os.path.realpath(sys.executable))')
+endef
+
+.uv/.ready: requirements-uv.txt
+	@$(check_machine)
+	say "1 of 3, the installer: uv into .uv ($$("$$python" --version), $$python)"
+	"$$python" -m venv --clear .uv
+	.uv/bin/pip --disable-pip-version-check --no-cache-dir install --quiet --require-hashes -r requirements-uv.txt
+	touch $@
+
+.venv/.ready: .uv/.ready requirements-cpu.txt pyproject.toml
+	@$(check_machine)
+	say "2 of 3, the environment: $$(grep -c == requirements-cpu.txt) packages into .venv; the first time" \
+		"about 450 MB are downloaded and Horovod is compiled, one to three minutes"
+	# The environment holds its own path, so a folder that was moved gets a new one.
+	[ "$$(cat $@ 2>/dev/null)" = "$(CURDIR)" ] || .uv/bin/uv venv --quiet --clear --python "$$python" .venv
+	rm -f $@
+	.uv/bin/uv pip sync --python .venv/bin/python requirements-cpu.txt
+	say "3 of 3, the workbench itself"
+	.uv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --editable .
+	echo "$(CURDIR)" > $@
+	say "done"
+
+# A moved folder: what .ready says is no longer true.
+ifneq ($(file < .venv/.ready),$(CURDIR))
+.PHONY: .venv/.ready
+endif
