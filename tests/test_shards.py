@@ -1,0 +1,297 @@
+"""Shards: what goes in comes out, interrupted writing is taken up, and damage is found and named."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from workbench import WorkbenchError
+from workbench.data import chestxray14, shards
+
+FINDINGS = ["Effusion", "Mass", "Hernia"]
+COUNTS = {"train": 23, "val": 7, "test": 10}
+
+
+def make_frame(folder, counts=COUNTS, size=24):
+    """A frame as read_dataset makes it; pixels tell the image's number, so that none can be mistaken."""
+    rng = np.random.default_rng(5)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for split, count in counts.items():
+        for _ in range(count):
+            number = len(rows)
+            name = f"{number // 2:08d}_{number % 2:03d}.png"
+            pixels = rng.integers(0, 256, (size, size)).astype(np.uint8)
+            pixels[:4, :4] = number
+            Image.fromarray(pixels).save(folder / name)
+            rows.append([name, str(folder / name), number // 2 + 100 * (split == "val"), 0, 40, "F", "PA"])
+            labels = rng.integers(0, 2, len(FINDINGS))
+            rows[-1] += [not labels.any(), split, *labels.astype(np.uint8)]
+    front = ["image", "path", "patient", "follow_up", "age", "sex", "view", "no_finding", "split"]
+    frame = pd.DataFrame(rows, columns=[*front, *FINDINGS])
+    return frame.astype(dict.fromkeys(FINDINGS, np.uint8)).sort_values("image", ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def frame(tmp_path_factory):
+    return make_frame(tmp_path_factory.mktemp("images") / "images")
+
+
+def write(frame, folder, **options):
+    return shards.write_shards(frame, folder, **{"image_size": 24, "images_per_shard": 8, "progress": False} | options)
+
+
+@pytest.fixture(scope="module")
+def written(frame, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards") / "written"
+    write(frame, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "copy")
+
+
+def identities(folder):
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.tfrecord")}
+
+
+def test_the_plan_has_every_row_once_and_a_short_last_shard():
+    for images in (0, 1, 255, 256, 257, 1000):
+        plan = shards.plan_shards(images)
+        assert [row for start, stop in plan for row in range(start, stop)] == list(range(images))
+        assert all(stop - start == 256 for start, stop in plan[:-1])
+    assert shards.plan_shards(600, images_per_shard=250)[-1] == (500, 600)
+    with pytest.raises(WorkbenchError, match="images_per_shard=0"):
+        shards.plan_shards(3, images_per_shard=0)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
+def test_round_trip(frame, tmp_path, encoding):
+    info = write(frame, tmp_path / "s", encoding=encoding, split={"kind": "official"}, seed=3)
+    assert info == shards.read_info(tmp_path / "s", findings=FINDINGS)
+    assert info["split"] == {"kind": "official"}
+    table = shards.read_images(tmp_path / "s")
+    assert table["row"].tolist() == list(range(len(frame)))
+    for split, count in COUNTS.items():
+        images, rows = shards.read_examples(tmp_path / "s", split, 100)
+        assert images.shape == (count, 24, 24)
+        assert images.dtype == np.uint8
+        part = frame[frame["split"] == split].set_index("image")
+        assert sorted(rows["image"]) == sorted(part.index)
+        pd.testing.assert_frame_equal(
+            rows.set_index("image")[["patient", "no_finding", *FINDINGS]],
+            part.loc[rows["image"], ["patient", "no_finding", *FINDINGS]],
+        )
+        originals = np.stack([chestxray14.read_radiograph(part["path"][name]) for name in rows["image"]])
+        if encoding == "jpeg":
+            assert np.abs(images.astype(int) - originals).mean() < 12
+        else:
+            np.testing.assert_array_equal(images, originals)
+    assert len(shards.read_examples(tmp_path / "s", "train", 9)[0]) == 9
+    assert shards.verify_shards(tmp_path / "s")["images"].sum() == len(frame)
+
+
+def test_folder_and_info(frame, written):
+    names = sorted(path.name for path in written.iterdir())
+    train = [f"train-0000{i}-of-00003.tfrecord" for i in range(3)]
+    test = [f"test-0000{i}-of-00002.tfrecord" for i in range(2)]
+    assert names == sorted(["images.csv", "info.json", "val-00000-of-00001.tfrecord", *train, *test])
+    info = json.loads((written / "info.json").read_text())
+    assert [shard["images"] for shard in info["splits"]["train"]["shards"]] == [8, 8, 7]
+    assert [shard["images"] for shard in info["splits"]["test"]["shards"]] == [8, 2]
+    assert info["splits"]["test"]["images"] == 10
+    assert info["splits"]["train"]["patients"] == frame.loc[frame["split"] == "train", "patient"].nunique()
+    assert info["table_sha256"] == hashlib.sha256((written / "images.csv").read_bytes()).hexdigest()
+    first = info["splits"]["train"]["shards"][0]
+    content = (written / first["file"]).read_bytes()
+    assert (first["bytes"], first["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    table = shards.read_images(written)
+    front = ["row", "image", "patient", "follow_up", "age", "sex", "view", "no_finding", "split", "shard"]
+    assert table.columns.tolist() == front + FINDINGS
+
+
+def test_order_train_shuffled_by_seed_others_by_name(frame, written, tmp_path):
+    table = shards.read_images(written)
+    assert table["split"].drop_duplicates().tolist() == ["train", "val", "test"]
+    for split in ("val", "test"):
+        assert table.loc[table["split"] == split, "image"].is_monotonic_increasing
+    train = table.loc[table["split"] == "train", "image"].tolist()
+    assert train != sorted(train)
+    write(frame, tmp_path / "other", seed=1)
+    assert shards.read_images(tmp_path / "other")["image"].tolist()[:23] != train
+
+
+def test_several_processes_write_the_same_bytes(frame, written, tmp_path):
+    write(frame, tmp_path / "s", processes=2)
+    for path in written.iterdir():
+        assert (tmp_path / "s" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_interrupted_writing_is_taken_up(frame, written, tmp_path, monkeypatch):
+    folder, done = tmp_path / "s", []
+    real = shards._write_shard
+
+    def interrupt(path, *args):
+        if len(done) == 2:
+            path.with_name(path.name + ".part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        done.append(path.name)
+        real(path, *args)
+
+    monkeypatch.setattr(shards, "_write_shard", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(frame, folder)
+    monkeypatch.setattr(shards, "_write_shard", real)
+    before = identities(folder)
+    assert sorted(before) == sorted(done)
+    with pytest.raises(WorkbenchError, match=r"no whole set of shards .*interrupted"):
+        shards.read_info(folder)
+    with pytest.raises(WorkbenchError, match="unfinished shards of other"):
+        write(frame, folder, encoding="png")
+
+    # A finished shard that was cut short since is written again, the other is kept.
+    with open(folder / done[1], "r+b") as file:
+        file.truncate(os.path.getsize(file.name) - 3)
+    write(frame, folder)
+    after = identities(folder)
+    assert after[done[0]] == before[done[0]]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in written.iterdir())
+    assert all((folder / path.name).read_bytes() == path.read_bytes() for path in written.iterdir())
+
+
+def test_a_whole_folder_is_returned_at_once_or_refused(frame, copy, monkeypatch):
+    monkeypatch.setattr(shards, "_encode_shards", lambda *_: pytest.fail("encoded again"))
+    assert write(frame, copy) == shards.read_info(copy)
+    for options in ({"image_size": 20}, {"encoding": "png"}, {"images_per_shard": 9}, {"seed": 1}):
+        with pytest.raises(WorkbenchError, match="already holds shards of other"):
+            write(frame, copy, **options)
+    with pytest.raises(WorkbenchError, match="already holds"):
+        write(frame.assign(Mass=np.uint8(1)), copy)
+    with pytest.raises(WorkbenchError, match="already holds"):
+        write(frame[1:], copy)
+
+
+def test_a_moved_data_set_is_the_same_and_other_pixels_are_not(frame, copy, tmp_path):
+    moved = shutil.copytree(os.path.dirname(frame["path"][0]), tmp_path / "elsewhere" / "images")
+    assert write(frame.assign(path=[str(moved / name) for name in frame["image"]]), copy)
+    for path in moved.iterdir():
+        Image.new("L", (48, 48), 7).save(path)
+    with pytest.raises(WorkbenchError, match="already holds"):
+        write(frame.assign(path=[str(moved / name) for name in frame["image"]]), copy)
+
+
+def test_a_folder_with_other_things_is_left_alone(frame, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(WorkbenchError, match="something else than shards"):
+        write(frame, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_truncated_image_is_named_and_nothing_looks_whole(tmp_path, processes):
+    frame = make_frame(tmp_path / "images")
+    bad = frame["path"].iloc[30]
+    with open(bad, "r+b") as file:
+        file.truncate(200)
+    with pytest.raises(WorkbenchError, match=f"{os.path.basename(bad)}` cannot be decoded"):
+        write(frame, tmp_path / "s", processes=processes)
+    assert not (tmp_path / "s" / "info.json").exists()
+
+
+def test_verify_names_what_was_truncated_flipped_lost_or_relabelled(copy):
+    victim = copy / "test-00001-of-00002.tfrecord"
+    whole = victim.read_bytes()
+    assert len(shards.verify_shards(copy)) == 6
+
+    victim.write_bytes(whole[:-1])
+    with pytest.raises(WorkbenchError, match=r"test-00001-of-00002.tfrecord` has .* bytes instead of"):
+        shards.verify_shards(copy)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    victim.write_bytes(flipped)
+    with pytest.raises(WorkbenchError, match=r"test-00001-of-00002.tfrecord` has changed"):
+        shards.verify_shards(copy)
+    victim.unlink()
+    with pytest.raises(WorkbenchError, match=r"test-00001-of-00002.tfrecord` is missing"):
+        shards.verify_shards(copy)
+    victim.write_bytes(whole)
+
+    table = pd.read_csv(copy / "images.csv")
+    table.loc[table["shard"] == victim.name, "Mass"] ^= 1
+    table.to_csv(copy / "images.csv", index=False)
+    with pytest.raises(WorkbenchError, match=r"images.csv` is not what was written"):
+        shards.verify_shards(copy)
+    info = json.loads((copy / "info.json").read_text())
+    info["table_sha256"] = hashlib.sha256((copy / "images.csv").read_bytes()).hexdigest()
+    (copy / "info.json").write_text(json.dumps(info))
+    with pytest.raises(WorkbenchError, match=r"test-00001-of-00002.tfrecord` holds other labels"):
+        shards.verify_shards(copy)
+
+
+def test_verify_counts_the_records(copy):
+    info = json.loads((copy / "info.json").read_text())
+    info["splits"]["val"]["shards"][0]["images"] = 6
+    (copy / "info.json").write_text(json.dumps(info))
+    with pytest.raises(WorkbenchError, match=r"val-00000-of-00001.tfrecord` holds 7 images, info.json says 6"):
+        shards.verify_shards(copy)
+
+
+def test_read_info_checks(copy, tmp_path):
+    with pytest.raises(WorkbenchError, match="has the findings Effusion, Mass, Hernia, but asked for were Mass"):
+        shards.read_info(copy, findings=["Mass", "Effusion", "Hernia"])
+    with pytest.raises(WorkbenchError, match="holds no whole set of shards"):
+        shards.read_info(tmp_path / "nowhere")
+    info = json.loads((copy / "info.json").read_text())
+    (copy / "info.json").write_text(json.dumps(info | {"format": 2}))
+    with pytest.raises(WorkbenchError, match=r"not of format 1 \(format 2"):
+        shards.read_info(copy)
+    (copy / "info.json").write_text("{")
+    with pytest.raises(WorkbenchError, match="cannot be read"):
+        shards.read_info(copy)
+
+
+def test_wrong_settings_are_told(frame, tmp_path):
+    with pytest.raises(WorkbenchError, match="encoding='gif'"):
+        write(frame, tmp_path / "s", encoding="gif")
+    with pytest.raises(WorkbenchError, match="nothing to write"):
+        write(frame[:0], tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_read_examples_knows_its_splits(written):
+    with pytest.raises(WorkbenchError, match="split='trian' is not known: choose from train, val, test"):
+        shards.read_examples(written, "trian", 1)
+
+
+def test_radiographs_by_name_from_any_split(frame, written):
+    names = frame["image"].sample(12, random_state=0).tolist()
+    names.append(names[3])
+    images = shards.read_radiographs(written, names)
+    paths = frame.set_index("image")["path"][names]
+    np.testing.assert_array_equal(images, [chestxray14.read_radiograph(path) for path in paths])
+    with pytest.raises(WorkbenchError, match=r"`nobody.png` is in none of the shards"):
+        shards.read_radiographs(written, ["nobody.png"])
+
+
+@pytest.mark.parametrize(("source", "target"), [(96, 24), (96, 72), (96, 64), (30, 7)])
+def test_shrinking_averages_the_exact_area(source, target):
+    pixels = np.random.default_rng(2).integers(0, 256, (source, source)).astype(np.uint8)
+    factor = np.lcm(source, target)
+    fine = np.kron(pixels, np.ones((factor // source,) * 2))
+    block = factor // target
+    exact = fine.reshape(target, block, target, block).mean((1, 3))
+    np.testing.assert_array_equal(shards.resize_radiograph(pixels, target), np.floor(exact + 0.5 + 1e-9))
+
+
+def test_other_shapes_and_sizes():
+    pixels = np.full((40, 60), 9, np.uint8)
+    assert shards.resize_radiograph(pixels, 16).tolist() == [[9] * 16] * 16
+    assert shards.resize_radiograph(pixels, 100).shape == (100, 100)
+    assert shards.resize_radiograph(pixels[:, :40], 40).base is pixels

@@ -1,0 +1,1 @@
+"""Radiographs on disk to batches: tables, splits, shards and the input pipeline. Knows no other wing."""
