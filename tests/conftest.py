@@ -1,0 +1,61 @@
+"""Fixtures that several test modules share: a small data set, its shards, and clusters of real MPI ranks."""
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# The workers import the functions that tests run on them from here.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+from workbench import runs
+from workbench.data import chestxray14, shards, synthetic
+from workbench.training import cluster
+from workbench.training.config import TrainConfig
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """A made-up data set of about 130 images, in NIH's layout."""
+    return synthetic.write_synthetic(
+        tmp_path_factory.mktemp("data") / "made-up", patients=32, image_size=48, seed=3, progress=False
+    )
+
+
+@pytest.fixture(scope="session")
+def shard_folder(dataset, tmp_path_factory) -> Path:
+    """Its shards at 36 px, of 16 images: numbers that no number of ranks divides."""
+    folder = tmp_path_factory.mktemp("shards") / "made-up"
+    frame = chestxray14.read_dataset(dataset, validation_fraction=0.25)
+    shards.write_shards(frame, folder, image_size=36, images_per_shard=16, processes=1, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(shard_folder) -> TrainConfig:
+    """A configuration that trains in a second or two."""
+    return TrainConfig(
+        shard_folder=str(shard_folder), network="Tiny", weights="none", image_size=32, batch_size=4, epochs=2
+    )
+
+
+@pytest.fixture
+def new_run(tmp_path):
+    """A function that makes a run's folder of a given name."""
+    return lambda name="trial": runs.create_run(tmp_path, name)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """A function from a number of ranks to a running cluster of them, each started once a session."""
+    with ExitStack() as stack:
+        running = {}
+
+        def of_size(size: int) -> cluster.Workers:
+            if size not in running:
+                running[size] = stack.enter_context(cluster.start(size, threads=1, oversubscribe=True, timeout=120))
+            return running[size]
+
+        yield of_size

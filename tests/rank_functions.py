@@ -1,0 +1,165 @@
+"""Functions that tests run on MPI ranks, by name, through `workbench.training.cluster`."""
+
+import os
+import signal
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from workbench import WorkbenchError
+from workbench.data import pipeline
+from workbench.training import distributed, network, trainer
+
+
+def world():
+    """What the rank knows about itself."""
+    here = distributed.start()
+    return {"rank": here.rank, "size": here.size, "threads": here.threads, "pid": os.getpid()}
+
+
+def collectives():
+    """Uneven gather, average, broadcast of an object, names."""
+    here = distributed.start()
+    rows = np.full((here.rank + 1, 2), here.rank, np.float32)
+    return {
+        "gathered": distributed.gather(rows),
+        "nobody": distributed.gather(np.zeros((0, 3), np.int64)),
+        "average": distributed.average({"loss": float(here.rank), "one": 1.0}),
+        "names": trainer.gather_names(f"rank-{here.rank}"),
+    }
+
+
+def broadcast_from_different_starts():
+    """Ranks begin with different weights and a different optimizer state; what do they hold afterwards?"""
+    here = distributed.start()
+    keras.utils.set_random_seed(here.rank)
+    model = network.build_network("Tiny", findings=3, image_size=32, weights=None)
+    optimizer = distributed.averaging(keras.optimizers.Adam(10.0 ** -(here.rank + 2)))
+    optimizer.build(model.trainable_variables)
+    for variable in optimizer.variables[2:]:
+        variable.assign(np.full(variable.shape, here.rank + 1.0))
+    before = trainer.weights_digest(model)
+    distributed.broadcast(model.variables + optimizer.variables)
+    state = np.concatenate([np.ravel(np.array(variable)) for variable in optimizer.variables])
+    return {"before": before, "after": trainer.weights_digest(model), "optimizer": state}
+
+
+def train_on_different_data(*, averaged: bool, compression: str = "none"):
+    """Five steps, each rank on its own random batches."""
+    here = distributed.start()
+    keras.utils.set_random_seed(0)
+    model = network.build_network("Tiny", findings=3, image_size=32, weights=None)
+    optimizer = keras.optimizers.Adam(1e-2)
+    if averaged:
+        optimizer = distributed.averaging(optimizer, compression=compression)
+    optimizer.build(model.trainable_variables)
+    step = trainer.build_train_step(model, optimizer)
+    rng = np.random.default_rng(here.rank)
+    for _ in range(5):
+        step(rng.integers(0, 256, (4, 32, 32, 1), np.uint8), rng.integers(0, 2, (4, 3)).astype(np.float32))
+    statistics = np.concatenate([np.ravel(v) for v in model.non_trainable_variables if "moving" in v.name])
+    distributed.average_batch_statistics(model)
+    averaged_statistics = np.concatenate([np.ravel(v) for v in model.non_trainable_variables if "moving" in v.name])
+    return {
+        "weights": np.concatenate([np.ravel(np.array(v)) for v in model.trainable_variables]),
+        "statistics": statistics,
+        "averaged_statistics": averaged_statistics,
+        "digest": trainer.weights_digest(model),
+    }
+
+
+def fit_on_different_data():
+    """The same through Keras's own `fit`."""
+    here = distributed.start()
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, activation="relu"), keras.layers.Dense(1)])
+    model.compile(distributed.averaging(keras.optimizers.Adam(1e-2)), loss="mse")
+    rng = np.random.default_rng(here.rank)
+    model.fit(rng.normal(size=(32, 8)), rng.normal(size=(32, 1)), batch_size=8, epochs=2, verbose=0, shuffle=False)
+    return trainer.weights_digest(model)
+
+
+def follow_a_global_batch(*, optimizer: str, precision: str = "float32", steps: int = 10, batch: int = 4):
+    """Steps on this rank's part of global batches that are the same however many ranks share them."""
+    here = distributed.start()
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((16, 16, 1), dtype="uint8")
+    x = keras.layers.Rescaling(1 / 255)(inputs)
+    for channels in (8, 16):
+        x = keras.layers.Conv2D(channels, 3, strides=2, activation="relu")(x)
+    outputs = keras.layers.Dense(3, activation="sigmoid")(keras.layers.Flatten()(x))
+    model = keras.Model(inputs, outputs)
+    made = {"sgd": keras.optimizers.SGD(0.1, momentum=0.9), "adam": keras.optimizers.Adam(1e-3)}[optimizer]
+    made = distributed.averaging(made)
+    made.build(model.trainable_variables)
+    step = trainer.build_train_step(model, made)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        images = rng.integers(0, 256, (batch * 2, 16, 16, 1), np.uint8)
+        labels = rng.integers(0, 2, (batch * 2, 3)).astype(np.float32)
+        share = 2 * batch // here.size
+        mine = slice(here.rank * share, (here.rank + 1) * share)
+        step(images[mine], labels[mine])
+    return np.concatenate([np.ravel(np.array(v)) for v in model.trainable_variables])
+
+
+def scaled_overflow():
+    """A loss-scaled step in which rank 1 alone overflows: no rank may move, and none may hang."""
+    here = distributed.start()
+    weight = keras.Variable([1.0])
+    optimizer = distributed.averaging(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)))
+    optimizer.build([weight])
+    optimizer.apply([tf.constant([np.inf if here.rank == 1 else 1.0])], [weight])
+    skipped = float(np.array(weight)[0])
+    optimizer.apply([tf.constant([float(optimizer.scale_loss(1.0))])], [weight])
+    return skipped, float(np.array(weight)[0])
+
+
+def images_seen(shard_folder: str, *, batch_size: int, epoch: int):
+    """The images (as bytes) that this rank reads in an epoch, batch by batch."""
+    here = distributed.start()
+    batches = pipeline.build_training(
+        shard_folder,
+        image_size=36,
+        batch_size=batch_size,
+        seed=0,
+        epoch=epoch,
+        rank=here.rank,
+        size=here.size,
+        augment=False,
+    )
+    return [[image.tobytes() for image in images.numpy()] for images, _ in batches]
+
+
+def predicted(config, split: str):
+    """A split's labels, scores and rows, as `trainer.predict` gives them to this rank."""
+    here = distributed.start()
+    keras.utils.set_random_seed(0)
+    model = network.build_network(config.network, findings=14, image_size=config.image_size, weights=None)
+    return trainer.predict(trainer.build_predict_step(model), config, split, here)
+
+
+def raise_on(rank: int, kind: str):
+    """One rank fails while the others wait for it in a collective."""
+    here = distributed.start()
+    distributed.average({"all here": 1.0})
+    if here.rank == rank:
+        if kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise {"bug": ZeroDivisionError("a bug"), "user": WorkbenchError("the value 7 is wrong: use 8.")}[kind]
+    distributed.average({"never": 1.0})
+
+
+def talk(*, report):
+    """Prints and reports progress."""
+    here = distributed.start()
+    for step in range(3):
+        print(f"step {step}")
+        if here.rank == 0:
+            report({"phase": "talking", "step": step})
+        time.sleep(0.4)
+    if here.rank == 0:
+        report({"history": {"epoch": 1}})
+    return here.rank

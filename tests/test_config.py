@@ -1,0 +1,82 @@
+"""A configuration is checked before anything starts; schedules are plain arithmetic."""
+
+import math
+
+import pytest
+
+from workbench import WorkbenchError
+from workbench.training.config import TrainConfig, better, decay_after
+
+
+def config(**settings):
+    return TrainConfig(shard_folder="shards", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"scaling": "cubic"}, "`scaling` is 'cubic': it has to be one of none, linear, sqrt"),
+        ({"best_by": "luck"}, "`best_by` is 'luck'"),
+        ({"batch_size": 0}, "`batch_size` is 0: it has to be a whole number above 0"),
+        ({"epochs": 2.5}, "`epochs` is 2.5"),
+        ({"learning_rate": -1}, "`learning_rate` is -1"),
+        ({"learning_rate": math.nan}, "`learning_rate` is nan"),
+        ({"plateau_factor": 1.0}, "`plateau_factor` is 1.0"),
+        ({"warmup_epochs": -1}, "`warmup_epochs` is -1"),
+        ({"compression": "zip"}, "`compression` is 'zip'"),
+    ],
+)
+def test_bad_settings_are_one_sentence(settings, said):
+    with pytest.raises(WorkbenchError, match=said):
+        config(**settings)
+
+
+def test_from_parameters_takes_its_own_and_passes_over_the_rest():
+    made = TrainConfig.from_parameters({"shard_folder": "a", "epochs": 3, "workers": 2}, shard_folder="b")
+    assert (made.shard_folder, made.epochs) == ("b", 3)
+    assert TrainConfig.from_parameters(made.to_parameters()) == TrainConfig(shard_folder="b", epochs=3, findings=[])
+
+
+@pytest.mark.parametrize(("scaling", "rate"), [("none", 0.1), ("linear", 0.4), ("sqrt", 0.2)])
+def test_the_rate_grows_with_the_workers(scaling, rate):
+    assert config(learning_rate=0.1, scaling=scaling).base_rate(4) == pytest.approx(rate)
+
+
+def test_warmup_climbs_from_a_tenth_and_stays():
+    made = config(warmup_epochs=2.0)
+    factors = [made.warmup(epoch, step, 10) for epoch in range(3) for step in range(10)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[10] == pytest.approx(0.55)
+    assert factors == sorted(factors)
+    assert set(factors[20:]) == {1.0}
+    assert config().warmup(0, 0, 10) == 1.0
+
+
+def rows(*losses):
+    return [{"val_loss": loss} for loss in losses]
+
+
+def test_the_rate_falls_when_the_loss_has_stopped_falling():
+    fall = {"factor": 0.1, "patience": 1}
+    assert decay_after([], **fall) == 1
+    assert decay_after(rows(1.0, 0.9), **fall) == 1
+    assert decay_after(rows(1.0, 1.1), **fall) == pytest.approx(0.1)
+    assert decay_after(rows(1.0, 1.1, 0.9), **fall) == pytest.approx(0.1)
+    assert decay_after(rows(1.0, 1.1, 1.2), **fall) == pytest.approx(0.01)
+    # Less than 1e-4 better is not better.
+    assert decay_after(rows(1.0, 0.99995), **fall) == pytest.approx(0.1)
+    assert decay_after(rows(1.0, 1.1, 1.2), factor=0.1, patience=2) == pytest.approx(0.1)
+    assert decay_after(rows(1.0, 1.1, 1.2), factor=0.1, patience=0) == 1
+
+
+def test_the_best_epoch_is_that_of_the_criterion():
+    low = {"val_loss": 0.1, "val_auroc": 0.6}
+    high = {"val_loss": 0.2, "val_auroc": 0.7}
+    undefined = {"val_loss": 0.3, "val_auroc": math.nan}
+    assert better("auroc", low, None)
+    assert better("auroc", high, low)
+    assert not better("auroc", low, high)
+    assert better("loss", low, high)
+    assert not better("auroc", undefined, low)
+    assert better("auroc", low, undefined)
+    assert not better("auroc", low, low)

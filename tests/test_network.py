@@ -1,0 +1,110 @@
+"""The network: what goes in, what comes out, and that what is saved is plain Keras."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from workbench import WorkbenchError
+from workbench.training import network
+
+
+@pytest.fixture
+def radiographs():
+    return np.random.default_rng(0).integers(0, 256, (4, 32, 32, 1), np.uint8)
+
+
+@pytest.mark.parametrize("name", ["DenseNet121", "ResNet50", "VGG16", "MobileNetV2", "Tiny"])
+def test_uint8_in_probabilities_out(name, radiographs):
+    model = network.build_network(name, findings=3, image_size=32, weights=None)
+    assert model.input_shape == (None, 32, 32, 1)
+    assert model.inputs[0].dtype == "uint8"
+    scores = model(radiographs).numpy()
+    assert scores.shape == (4, 3)
+    assert ((scores > 0) & (scores < 1)).all()
+
+
+@pytest.mark.parametrize("precision", network.PRECISIONS)
+def test_precision_is_that_of_the_layers_and_the_scores_stay_float32(precision, radiographs):
+    model = network.build_network("Tiny", findings=2, image_size=32, weights=None, precision=precision)
+    assert (
+        next(layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)).dtype_policy.name == precision
+    )
+    assert model(radiographs).dtype == tf.float32
+    assert all(v.dtype == "float32" for v in model.trainable_variables)
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_fused_batch_normalisation_is_keras_s_own_but_for_the_variance_correction():
+    rng = np.random.default_rng(1)
+    inputs = rng.normal(3, 2, (5, 6, 7, 8)).astype(np.float32)
+    fused, plain = network.FusedBatchNormalization(momentum=0.9), keras.layers.BatchNormalization(momentum=0.9)
+    for layer in (fused, plain):
+        layer.build(inputs.shape)
+        layer.gamma.assign(np.linspace(0.5, 2, 8))
+        layer.beta.assign(np.linspace(-1, 1, 8))
+    gradients = []
+    for layer in (fused, plain):
+        with tf.GradientTape() as tape:
+            tensor = tf.constant(inputs)
+            tape.watch(tensor)
+            loss = tf.reduce_sum(layer(tensor, training=True) ** 3)
+        gradients.append(tape.gradient(loss, [tensor, layer.gamma.value, layer.beta.value]))
+    for ours, theirs in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-3)
+    np.testing.assert_allclose(fused.moving_mean, plain.moving_mean, rtol=1e-5)
+    samples = 5 * 6 * 7
+    expected = 0.9 + (np.array(plain.moving_variance) - 0.9) * samples / (samples - 1)
+    np.testing.assert_allclose(fused.moving_variance, expected, rtol=1e-5)
+    plain.set_weights(fused.get_weights())
+    np.testing.assert_allclose(fused(inputs), plain(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_batch_normalisation_keeps_its_statistics():
+    layer = network.FusedBatchNormalization()
+    layer.trainable = False
+    layer(np.random.default_rng(0).normal(5, 1, (4, 3, 3, 2)).astype(np.float32), training=True)
+    np.testing.assert_array_equal(layer.moving_mean, [0, 0])
+
+
+def test_what_is_saved_is_plain_keras_and_scores_alike(tmp_path, radiographs):
+    model = network.build_network("Tiny", findings=3, image_size=32, weights=None)
+    for _ in range(3):
+        model(radiographs, training=True)
+    network.plain_copy(model).save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", safe_mode=True)
+    assert {type(layer).__module__.split(".")[0] for layer in loaded.layers} == {"keras"}
+    np.testing.assert_allclose(loaded(radiographs), model(radiographs), atol=1e-6)
+
+
+def test_weights_come_from_a_local_file(tmp_path, radiographs):
+    model = network.build_network("Tiny", findings=3, image_size=32, weights=None)
+    network.plain_copy(model).save(tmp_path / "model.keras")
+    again = network.build_network("Tiny", findings=3, image_size=32, weights=str(tmp_path / "model.keras"))
+    np.testing.assert_array_equal(again(radiographs), model(radiographs))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"name": "AlexNet"}, "no network `AlexNet`: choose one of DenseNet121"),
+        ({"precision": "int8"}, "no precision `int8`"),
+        ({"image_size": 16}, "`image_size` 16 is too small"),
+        ({"weights": "imagenet"}, "no ImageNet weights for Tiny"),
+        ({"weights": "nowhere.keras"}, "nowhere.keras does not exist"),
+    ],
+)
+def test_bad_settings_are_one_sentence(settings, said):
+    chosen = {"name": "Tiny", "findings": 2, "image_size": 32, "weights": None} | settings
+    with pytest.raises(WorkbenchError, match=said):
+        network.build_network(chosen.pop("name"), **chosen)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    model = network.build_network("Tiny", findings=3, image_size=32, weights=None)
+    network.plain_copy(model).save(tmp_path / "model.keras")
+    with pytest.raises(WorkbenchError, match=r"do not fit Tiny with 5 findings"):
+        network.build_network("Tiny", findings=5, image_size=32, weights=str(tmp_path / "model.keras"))
+    (tmp_path / "broken.keras").write_bytes(b"not a model")
+    with pytest.raises(WorkbenchError, match=r"broken\.keras do not fit"):
+        network.build_network("Tiny", findings=5, image_size=32, weights=str(tmp_path / "broken.keras"))

@@ -1,0 +1,162 @@
+"""Training on real MPI ranks: once each, the same again, resumed, and stopped when it goes wrong."""
+
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from workbench import WorkbenchError, runs
+from workbench.data import shards
+from workbench.training import trainer
+
+TIMES = ["seconds", "images_per_second", "input_wait_share"]
+
+
+def history_of(folder) -> pd.DataFrame:
+    return pd.read_csv(folder / "history.csv").drop(columns=TIMES)
+
+
+def train(ranks, size, config, folder, **settings):
+    return ranks(size).run("workbench.training.trainer.train", config, folder, **settings)
+
+
+def test_mean_auroc_leaves_out_what_is_undefined():
+    labels = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 0], [0, 0, 0]], np.float32)
+    scores = np.array([[0.9, 0.1, 0.1], [0.1, 0.2, 0.2], [0.8, 0.3, 0.3], [0.2, 0.4, 0.4]])
+    assert trainer.mean_auroc(labels, scores) == pytest.approx((1.0 + 0.0) / 2)
+    assert np.isnan(trainer.mean_auroc(labels[:, 1:2], scores[:, 1:2]))
+
+
+def test_binary_crossentropy_is_scikit_learn_s():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(0, 2, (50, 3)), rng.random((50, 3))
+    expected = np.mean([log_loss(labels[:, k], scores[:, k]) for k in range(3)])
+    assert trainer.binary_crossentropy(labels, scores) == pytest.approx(expected)
+    assert np.isfinite(trainer.binary_crossentropy(np.array([[1.0]]), np.array([[0.0]])))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_training_image_is_seen_at_most_once_an_epoch(ranks, shard_folder, size):
+    info = shards.read_info(shard_folder)["splits"]["train"]
+    stored = {image.tobytes() for image in shards.read_examples(shard_folder, "train", info["images"])[0]}
+    assert len(stored) == info["images"], "the test needs images that differ"
+    left_out = []
+    for epoch in (0, 1):
+        told = ranks(size).run("rank_functions.images_seen", str(shard_folder), batch_size=5, epoch=epoch)
+        assert {len(batches) for batches in told} == {info["images"] // (5 * size)}
+        seen = [image for batches in told for batch in batches for image in batch]
+        assert len(seen) == len(set(seen)) == info["images"] // (5 * size) * 5 * size
+        assert set(seen) <= stored
+        left_out.append(stored - set(seen))
+    assert left_out[0] != left_out[1] or not left_out[0]
+    assert told == ranks(size).run("rank_functions.images_seen", str(shard_folder), batch_size=5, epoch=1)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_image_is_predicted_exactly_once_in_the_shards_order(ranks, shard_folder, tiny_config, size):
+    images = shards.read_images(shard_folder)
+    for split in ("val", "test"):
+        expected = images[images["split"] == split]
+        told = ranks(size).run("rank_functions.predicted", replace(tiny_config, batch_size=7), split)
+        for labels, scores, rows in told:
+            np.testing.assert_array_equal(rows, expected["row"])
+            np.testing.assert_array_equal(labels, expected[shards.read_info(shard_folder)["findings"]])
+            # However the images are shared out, the scores are those of one process.
+            one = ranks(1).run("rank_functions.predicted", replace(tiny_config, batch_size=7), split)[0][1]
+            np.testing.assert_allclose(scores, one, atol=1e-6)
+
+
+@pytest.mark.mpi
+def test_training_leaves_what_the_run_s_folder_promises(ranks, tiny_config, shard_folder, new_run):
+    folder = new_run()
+    progress = []
+    told = train(ranks, 2, tiny_config, folder, watch=progress.append)
+    assert told[0]["weights_sha256"] == told[1]["weights_sha256"]
+    assert {key: told[0][key] for key in ("val_auroc", "val_loss")} == {
+        key: told[1][key] for key in ("val_auroc", "val_loss")
+    }
+    history = pd.read_csv(folder / "history.csv")
+    assert list(history["epoch"]) == [1, 2]
+    assert progress[-1]["history"] == history.to_dict("records") or len(progress[-1]["history"]) == 2
+    assert history["input_wait_share"].between(0, 1).all()
+    best = history[history["best"] == 1].iloc[-1]
+    assert best["val_auroc"] == history["val_auroc"].max()
+    findings = shards.read_info(shard_folder)["findings"]
+    for split in ("val", "test"):
+        table = pd.read_csv(folder / f"predictions-{split}.csv")
+        expected = shards.read_images(shard_folder).query("split == @split").sort_values("image")
+        assert list(table["image"]) == list(expected["image"])
+        assert list(table.columns) == ["image", "patient", *findings, *(f"{name}_score" for name in findings)]
+        np.testing.assert_array_equal(table[findings], expected[findings])
+    validation = pd.read_csv(folder / "predictions-val.csv")
+    defined = [name for name in findings if 0 < validation[name].sum() < len(validation)]
+    score = roc_auc_score(validation[defined], validation[[f"{name}_score" for name in defined]])
+    assert score == pytest.approx(best["val_auroc"], abs=1e-9)
+    # The saved model is the one that was evaluated.
+    model = keras.models.load_model(folder / "model.keras")
+    rows = shards.read_images(shard_folder).query("split == 'val'")
+    images, _ = shards.read_examples(shard_folder, "val", len(rows))
+    scores = model(images[:, 2:-2, 2:-2, None]).numpy()
+    by_image = validation.set_index("image").loc[rows["image"], [f"{name}_score" for name in findings]]
+    np.testing.assert_allclose(scores, by_image, atol=1e-5)
+    assert runs.read_run(folder)["world_size"] == 2
+
+
+@pytest.mark.mpi
+def test_the_same_seed_gives_the_same_history(ranks, tiny_config, new_run):
+    first, second, other = new_run("first"), new_run("second"), new_run("other")
+    digests = [train(ranks, 2, tiny_config, folder)[0]["weights_sha256"] for folder in (first, second)]
+    train(ranks, 2, replace(tiny_config, seed=1), other)
+    pd.testing.assert_frame_equal(history_of(first), history_of(second), check_exact=True)
+    assert digests[0] == digests[1]
+    assert not history_of(first)["loss"].equals(history_of(other)["loss"])
+
+
+@pytest.mark.mpi
+def test_two_epochs_and_two_more_are_four(ranks, tiny_config, new_run):
+    straight, broken = new_run("straight"), new_run("broken")
+    four = replace(tiny_config, epochs=4, plateau_patience=1)
+    at_once = train(ranks, 2, four, straight)
+    train(ranks, 2, replace(four, epochs=2), broken)
+    resumed = train(ranks, 2, four, broken, resume=True)
+    pd.testing.assert_frame_equal(history_of(straight), history_of(broken), check_exact=True)
+    assert at_once[0]["weights_sha256"] == resumed[0]["weights_sha256"]
+
+
+@pytest.mark.mpi
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(ranks, tiny_config, new_run):
+    said = r"The loss became nan in step \d+ of epoch 1 on rank [01]"
+    with pytest.raises(WorkbenchError, match=said):
+        train(ranks, 1, replace(tiny_config, learning_rate=1e38), new_run())
+
+
+def test_training_in_one_process_without_mpi(tiny_config, new_run):
+    folder = new_run()
+    told = trainer.train(replace(tiny_config, epochs=3, early_stop_patience=1, best_by="loss"), folder)
+    history = history_of(folder)
+    best = history["val_loss"].idxmin() + 1
+    assert told["best_epoch"] == best
+    assert len(history) in (3, best + 1)
+
+
+def test_errors_come_before_anything_is_built(tiny_config, new_run):
+    with pytest.raises(WorkbenchError, match="fewer than one global batch of 1,000"):
+        trainer.train(replace(tiny_config, batch_size=1000), new_run("a"))
+    with pytest.raises(WorkbenchError, match="Edema"):
+        trainer.train(replace(tiny_config, findings=["Edema"]), new_run("b"))
+    with pytest.raises(WorkbenchError, match="nothing to resume"):
+        trainer.train(tiny_config, new_run("c"), resume=True)
+
+
+@pytest.mark.mpi
+def test_throughput_is_measured_over_all_ranks(ranks, tiny_config):
+    told = ranks(2).run("workbench.training.trainer.measure_throughput", tiny_config, steps=30, warmup=2)
+    assert told[0] == told[1]
+    assert told[0]["world_size"] == 2
+    assert len(told[0]["images_per_second"]) == 30
+    assert min(told[0]["images_per_second"]) > 0

@@ -1,0 +1,265 @@
+"""A run's folder under results/, its record, and all runs as one table.
+
+Every experiment owns one folder, `results/<run>/`, and nobody writes over it: a name that is taken is refused.
+Files appear whole: they are written beside their place and renamed into it.
+
+    from workbench import runs
+    root = runs.project_root()
+    folder = runs.create_run(root, "first-try", recipe="synthetic", parameters={"epochs": 6})
+    runs.update_run(folder, status="finished")
+    runs.list_runs(root)
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from workbench import WorkbenchError
+
+VERSIONS_OF = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "numpy", "workbench")
+
+
+def project_root() -> Path:
+    """The project's top folder: where notebooks/, data/ and results/ lie. Relative paths start here.
+
+    It is the folder that holds this package, unless the environment variable WORKBENCH_ROOT names another.
+    """
+    return Path(os.environ.get("WORKBENCH_ROOT") or Path(__file__).parents[1]).resolve()
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike):
+    """Give a temporary path beside `path` and rename it into place if the block ends without an error.
+
+    Yields:
+        A `Path` in the same folder, with the same suffix, to be written by the block.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all. NaN is refused, since JSON has none."""
+    text = json.dumps(value, indent=2, allow_nan=False, default=str) + "\n"
+    with written_whole(path) as part:
+        part.write_text(text)
+
+
+def create_run(root: str | os.PathLike, name: str, *, recipe: str = "", parameters: Mapping | None = None) -> Path:
+    """Make `results/<name>/` with its record `run.json` and return the folder.
+
+    Args:
+        root: the project's top folder.
+        name: letters, digits, dot, dash and underscore; it becomes the folder's name.
+        recipe: which recipe the run follows; empty for a run by hand.
+        parameters: the parameters of all its notebooks, kept in the record.
+
+    Raises:
+        WorkbenchError: the name is not a folder name, is taken, or results/ cannot be written.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise WorkbenchError(
+            f"`{name}` cannot name a run: use letters, digits, dots, dashes and underscores, beginning with a "
+            "letter or a digit."
+        )
+    folder = Path(root) / "results" / name
+    try:
+        folder.mkdir(parents=True)
+        (folder / "figures").mkdir()
+        (folder / "notebooks").mkdir()
+    except FileExistsError:
+        raise WorkbenchError(
+            f"The run `{name}` exists already ({folder}): choose another name, a run is never overwritten."
+        ) from None
+    except OSError as error:
+        raise WorkbenchError(
+            f"Cannot make the run's folder {folder} ({error.strerror}): check that results/ can be written."
+        ) from None
+    write_json(
+        folder / "run.json",
+        {
+            "name": name,
+            "recipe": recipe,
+            "status": "running",
+            "started": now(),
+            "ended": None,
+            "parameters": dict(parameters or {}),
+            "stages": {},
+            "versions": versions(),
+            "git": git_commit(root),
+            "hosts": [socket.gethostname()],
+        },
+    )
+    return folder
+
+
+def new_name(recipe: str = "run") -> str:
+    """A run name that sorts by time: the recipe's name and the local time to the second."""
+    return f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def read_run(folder: str | os.PathLike) -> dict:
+    """Read a run's record.
+
+    Raises:
+        WorkbenchError: there is no record, or it is not JSON.
+    """
+    path = Path(folder) / "run.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WorkbenchError(f"There is no run in {folder}: `workbench runs` lists those there are.") from None
+    except (ValueError, OSError) as error:
+        raise WorkbenchError(f"The run's record {path} cannot be read ({error}): it was changed by hand.") from None
+
+
+def update_run(folder: str | os.PathLike, **changes: Any) -> dict:
+    """Change entries of a run's record and return the record. Dictionaries are merged one level deep."""
+    record = read_run(folder)
+    for key, value in changes.items():
+        record[key] = record.get(key, {}) | value if isinstance(value, dict) else value
+    write_json(Path(folder) / "run.json", record)
+    return record
+
+
+def open_run(
+    root: str | os.PathLike, name: str = "", *, resume: bool = False, parameters: Mapping | None = None
+) -> Path:
+    """The folder for notebook 03 to train into: the run that is named, or a new one.
+
+    A batch run exists already and has no history yet. A run that has one is only given out to `resume` it.
+
+    Raises:
+        WorkbenchError: the run has been trained already and is not to be resumed, or there is none to resume.
+    """
+    folder = Path(root) / "results" / name
+    if resume:
+        return find_run(root, name, having="checkpoint/last.npz")
+    if not name or not (folder / "run.json").exists():
+        return create_run(root, name or new_name("notebook"), parameters=parameters)
+    if (folder / "history.csv").exists():
+        raise WorkbenchError(f"The run `{name}` has been trained already: choose another name, or set `resume`.")
+    return folder
+
+
+def find_run(root: str | os.PathLike, name: str = "", *, having: str = "run.json") -> Path:
+    """The folder of the run that is named, or of the newest run that has the file `having`.
+
+    Raises:
+        WorkbenchError: no such run, or it lacks that file.
+    """
+    results = Path(root) / "results"
+    if name:
+        folder = results / name
+        read_run(folder)
+        if not (folder / having).exists():
+            raise WorkbenchError(f"The run `{name}` has no {having} yet: run the earlier notebooks on it first.")
+        return folder
+    found = [path for path in results.glob("*/run.json") if (path.parent / having).exists()]
+    if not found:
+        raise WorkbenchError(
+            f"No run under {results} has {having}: run notebook 03_train first, or `workbench run synthetic`."
+        )
+    return max(found, key=lambda path: read_run(path.parent)["started"]).parent
+
+
+def read_metrics(folder: str | os.PathLike) -> dict:
+    """A run's `metrics.json`, or an empty dictionary as long as it has none."""
+    path = Path(folder) / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def list_runs(root: str | os.PathLike):
+    """All runs as one table, the newest first.
+
+    Returns:
+        A DataFrame with `run`, `recipe`, `status`, `started`, `minutes`, `workers`, `images_per_second` and
+        `mean_auroc` (test split; NaN where a run has not come so far).
+    """
+    import pandas as pd
+
+    rows = []
+    for path in Path(root).glob("results/*/run.json"):
+        folder = path.parent
+        record = read_run(folder)
+        rows.append(
+            {
+                "run": folder.name,
+                "recipe": record.get("recipe", ""),
+                "status": record.get("status", ""),
+                "started": record.get("started", ""),
+                "minutes": _minutes(record),
+                "workers": record.get("world_size"),
+                "images_per_second": record.get("images_per_second"),
+                "mean_auroc": read_metrics(folder).get("test", {}).get("mean_auroc"),
+            }
+        )
+    columns = ["run", "recipe", "status", "started", "minutes", "workers", "images_per_second", "mean_auroc"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.sort_values("started", ascending=False, ignore_index=True)
+
+
+def save_figure(axes, folder: str | os.PathLike | None, name: str) -> None:
+    """Save the figure of some axes as `<folder>/figures/<name>.png`; with no folder, do nothing.
+
+    Args:
+        axes: what a function of `workbench.analysis.plots` returned: axes, an array of axes, or a figure.
+        folder: the run's folder, or None when a notebook is used without a run.
+        name: the file's name without suffix.
+    """
+    if folder is None:
+        return
+    first = axes if hasattr(axes, "savefig") else getattr(axes, "flat", [axes])[0]
+    figure = first if hasattr(first, "savefig") else first.figure
+    target = Path(folder) / "figures" / f"{name}.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(target) as part:
+        figure.savefig(part, dpi=150, bbox_inches="tight")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages a result may depend on, as installed."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit(root: str | os.PathLike) -> str | None:
+    """The project's commit, with `+changes` where the working tree differs from it; None outside git."""
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def now() -> str:
+    """The time of day in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _minutes(record: Mapping) -> float | None:
+    if not record.get("ended"):
+        return None
+    took = datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["started"])
+    return round(took.total_seconds() / 60, 1)

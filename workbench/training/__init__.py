@@ -1,0 +1,1 @@
+"""What the workers run, and the cluster they run on. Knows `workbench.data`."""

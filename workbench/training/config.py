@@ -1,0 +1,130 @@
+"""What a training run is asked to do, checked before anything is started. Imports no TensorFlow.
+
+config = TrainConfig(shard_folder="data/shards/synthetic", weights="none", image_size=64, epochs=6)
+config.base_rate(size=2) * config.warmup(epoch=0, step=3, steps=60)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+
+from workbench import WorkbenchError
+
+SCALINGS = ("none", "linear", "sqrt")
+COMPRESSIONS = ("none", "fp16")
+CRITERIA = ("auroc", "loss")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run; the defaults are CheXNet's as the article trained it.
+
+    Attributes:
+        shard_folder: shards to read, as `workbench.data.shards` wrote them.
+        findings: names the shards must hold, in order; empty: whatever they hold.
+        network, weights, precision: see `workbench.training.network.build_network`; weights "none" or "" for
+            a random start.
+        image_size: side of the square that the network sees, in pixels.
+        batch_size: images per worker and step.
+        epochs: the most epochs to train.
+        learning_rate: Adam's, for one worker.
+        scaling: how it grows with the number of workers n: "none", "linear" (times n) or "sqrt" (times root n);
+            Goyal et al. 2017, arXiv:1706.02677.
+        warmup_epochs: epochs (fractions allowed) over which the rate climbs linearly from a tenth of itself.
+        plateau_factor, plateau_patience: the rate is multiplied by the factor when the validation loss has not
+            improved for that many epochs; patience 0 switches this off.
+        early_stop_patience: end after so many epochs without a better one; 0 never.
+        best_by: "auroc" keeps the epoch of the highest mean validation AUROC, "loss" that of the lowest loss.
+        compression: "fp16" halves the gradients' traffic, "none" leaves them.
+        augment: flip, shift and contrast changes on training images.
+        seed: of initial weights, data order and augmentation.
+        threads: TensorFlow threads of each worker; 0: the cores the worker was given.
+    """
+
+    shard_folder: str
+    findings: Sequence[str] = ()
+    network: str = "DenseNet121"
+    weights: str = "imagenet"
+    precision: str = "float32"
+    image_size: int = 256
+    batch_size: int = 64
+    epochs: int = 10
+    learning_rate: float = 1e-3
+    scaling: str = "none"
+    warmup_epochs: float = 0.0
+    plateau_factor: float = 0.1
+    plateau_patience: int = 1
+    early_stop_patience: int = 0
+    best_by: str = "auroc"
+    compression: str = "none"
+    augment: bool = True
+    seed: int = 0
+    threads: int = 0
+
+    def __post_init__(self):
+        _require(self.scaling in SCALINGS, "scaling", self.scaling, f"one of {', '.join(SCALINGS)}")
+        _require(self.compression in COMPRESSIONS, "compression", self.compression, f"one of {', '.join(COMPRESSIONS)}")
+        _require(self.best_by in CRITERIA, "best_by", self.best_by, f"one of {', '.join(CRITERIA)}")
+        for name in ("image_size", "batch_size", "epochs"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value > 0, name, value, "a whole number above 0")
+        for name in ("plateau_patience", "early_stop_patience", "threads", "seed"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 0, name, value, "a whole number, 0 or more")
+        rate = self.learning_rate
+        _require(isinstance(rate, int | float) and math.isfinite(rate) and rate > 0, "learning_rate", rate, "> 0")
+        _require(0 < self.plateau_factor < 1, "plateau_factor", self.plateau_factor, "a number between 0 and 1")
+        _require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "0 or more")
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping, **replaced) -> TrainConfig:
+        """The config whose fields are taken by name from a notebook's parameters; other names are passed over."""
+        chosen = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters}
+        return cls(**chosen | replaced)
+
+    def to_parameters(self) -> dict:
+        """The fields as a dictionary of plain values, for a run's record."""
+        return asdict(self) | {"findings": list(self.findings)}
+
+    def base_rate(self, size: int) -> float:
+        """The learning rate for `size` workers before warm-up and decay."""
+        return self.learning_rate * {"none": 1.0, "linear": size, "sqrt": math.sqrt(size)}[self.scaling]
+
+    def warmup(self, epoch: int, step: int, steps: int) -> float:
+        """The factor, 0.1 to 1, at a step (from 0) of an epoch (from 0) of `steps` steps."""
+        done = epoch + step / steps
+        return 1.0 if done >= self.warmup_epochs else 0.1 + 0.9 * done / self.warmup_epochs
+
+
+def better(criterion: str, row: dict, best: dict | None) -> bool:
+    """Whether an epoch's history row beats the best so far; an undefined AUROC never does, except the first."""
+    if best is None:
+        return True
+    if criterion == "loss":
+        return row["val_loss"] < best["val_loss"]
+    return row["val_auroc"] > best["val_auroc"] or (math.isnan(best["val_auroc"]) and row["val_auroc"] >= 0)
+
+
+def decay_after(history: Sequence[dict], *, factor: float, patience: int) -> float:
+    """The learning rate's plateau factor for the next epoch, from the rows of the epochs so far.
+
+    As Keras's ReduceLROnPlateau on `val_loss`: after `patience` epochs without improvement by 1e-4 the rate is
+    multiplied by `factor` and the count begins again. Being a function of the history alone, it needs no state
+    of its own when a run is resumed.
+    """
+    decay, lowest, waited = 1.0, math.inf, 0
+    for row in history:
+        if row["val_loss"] < lowest - 1e-4:
+            lowest, waited = row["val_loss"], 0
+        else:
+            waited += 1
+        if patience and waited >= patience:
+            decay, waited = decay * factor, 0
+    return decay
+
+
+def _require(holds: bool, name: str, value, expected: str) -> None:
+    if not holds:
+        raise WorkbenchError(f"`{name}` is {value!r}: it has to be {expected}.")

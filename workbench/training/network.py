@@ -1,0 +1,183 @@
+"""The network: uint8 radiographs in, one probability per finding out.
+
+Grey to three channels, the normalisation its weights were trained with, the convolutional network and the
+sigmoid head are ONE Keras model of stock layers, so that training and inference cannot differ, and a saved
+`model.keras` loads in plain Keras anywhere. While training, batch normalisation is swapped for a fused version
+with the same weights, because Keras 3 computes it from single operations on TensorFlow, at half the speed.
+
+    model = build_network("DenseNet121", findings=14, image_size=224, weights="imagenet")
+    scores = model(radiographs)          # (B, 224, 224, 1) uint8 -> (B, 14) float32 in [0, 1]
+    plain_copy(model).save("model.keras")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from workbench import WorkbenchError
+
+# Mean and variance, per channel and on the scale 0..255, that keras.applications' ImageNet weights expect.
+_TORCH = ([123.675, 116.28, 103.53], [58.395**2, 57.12**2, 57.375**2])
+_CAFFE = ([103.939, 116.779, 123.68], [1.0, 1.0, 1.0])
+_SYMMETRIC = ([127.5] * 3, [127.5**2] * 3)
+
+
+def _tiny(*, input_tensor, **_) -> keras.Model:
+    """Four strided convolutions with batch normalisation: for tests and quick trials, not for results."""
+    x = input_tensor
+    for channels in (16, 32, 64, 128):
+        x = keras.layers.Conv2D(channels, 3, strides=2, padding="same", use_bias=False)(x)
+        x = keras.layers.Activation("relu")(keras.layers.BatchNormalization(momentum=0.9)(x))
+    return keras.Model(keras.utils.get_source_inputs(input_tensor), keras.layers.GlobalAveragePooling2D()(x))
+
+
+NETWORKS: dict[str, tuple[Callable, tuple]] = {
+    "DenseNet121": (keras.applications.DenseNet121, _TORCH),
+    "DenseNet169": (keras.applications.DenseNet169, _TORCH),
+    "DenseNet201": (keras.applications.DenseNet201, _TORCH),
+    "ResNet50": (keras.applications.ResNet50, _CAFFE),
+    "ResNet101": (keras.applications.ResNet101, _CAFFE),
+    "VGG16": (keras.applications.VGG16, _CAFFE),
+    "MobileNetV2": (keras.applications.MobileNetV2, _SYMMETRIC),
+    "Tiny": (_tiny, _TORCH),
+}
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+
+
+def build_network(
+    name: str = "DenseNet121",
+    *,
+    findings: int,
+    image_size: int,
+    weights: str | None = "imagenet",
+    precision: str = "float32",
+) -> keras.Model:
+    """Build a network for training.
+
+    Args:
+        name: one of `NETWORKS`, families of keras.applications (Tiny is ours, for tests).
+        findings: width of the sigmoid head, 1 or more.
+        image_size: side of the square radiographs in pixels, 32 or more.
+        weights: "imagenet" (Keras downloads them once), a local file (`.keras` of this workbench,
+            `.weights.h5`, or keras.applications' `*_notop.h5`), or None for a random start.
+        precision: one of `PRECISIONS`. The output is float32 in each.
+
+    Returns:
+        A model from (B, image_size, image_size, 1) uint8 in 0..255 to (B, findings) float32 in [0, 1].
+
+    Raises:
+        WorkbenchError: an unknown name or precision, an image too small, weights that are not there or do not fit.
+    """
+    check_settings(name, precision=precision)
+    if image_size < 32:
+        raise WorkbenchError(f"`image_size` {image_size} is too small for {name}: use 32 pixels or more.")
+    family, (mean, variance) = NETWORKS[name]
+    from_imagenet = weights == "imagenet"
+    if from_imagenet and name == "Tiny":
+        raise WorkbenchError("There are no ImageNet weights for Tiny: set `weights` to none.")
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(precision)
+    try:
+        radiographs = keras.Input((image_size, image_size, 1), dtype="uint8", name="radiograph")
+        grey = keras.layers.Rescaling(1.0, dtype="float32", name="to_float")(radiographs)
+        colour = keras.layers.Concatenate(dtype="float32", name="grey_to_rgb")([grey, grey, grey])
+        normal = keras.layers.Normalization(mean=mean, variance=variance, dtype="float32", name="imagenet_scale")
+        features = family(
+            include_top=False,
+            weights="imagenet" if from_imagenet else None,
+            input_tensor=normal(colour),
+            pooling="avg",
+        )
+        head = keras.layers.Dense(findings, activation="sigmoid", dtype="float32", name="findings")
+        scores = head(features.output)
+        model = keras.Model(radiographs, scores, name=name)
+    except (OSError, ValueError) as error:
+        if not from_imagenet:
+            raise
+        raise WorkbenchError(
+            f"The ImageNet weights of {name} cannot be had ({_first_line(error)}): go online once, or give "
+            "`weights` a local file, or none for a random start."
+        ) from None
+    finally:
+        keras.config.set_dtype_policy(previous)
+    if weights and not from_imagenet:
+        _load_local(model, features, Path(weights))
+    return _with_batch_norm(model, FusedBatchNormalization)
+
+
+def check_settings(name: str, *, precision: str = "float32") -> None:
+    """Raise a WorkbenchError if there is no such network or precision."""
+    if name not in NETWORKS:
+        raise WorkbenchError(f"There is no network `{name}`: choose one of {', '.join(NETWORKS)}.")
+    if precision not in PRECISIONS:
+        raise WorkbenchError(f"There is no precision `{precision}`: choose one of {', '.join(PRECISIONS)}.")
+
+
+def plain_copy(model: keras.Model) -> keras.Model:
+    """The same network, of stock Keras layers only and with the same weights: what is saved."""
+    return _with_batch_norm(model, keras.layers.BatchNormalization)
+
+
+class FusedBatchNormalization(keras.layers.BatchNormalization):
+    """Keras's batch normalisation computed by TensorFlow's fused operation.
+
+    Weights, initial values and outputs are those of `keras.layers.BatchNormalization`. The one difference: the
+    moving variance is Bessel-corrected (N/(N-1)), as in Keras 2 and cuDNN. Needs 4-D, channels-last input.
+    """
+
+    def call(self, inputs, training=None, mask=None):
+        """Normalise (B, H, W, C) `inputs`; while training also update the moving statistics."""
+        learning = bool(training) and self.trainable
+        output, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=inputs,
+            scale=tf.convert_to_tensor(self.gamma) if self.scale else tf.ones_like(self.moving_mean),
+            offset=tf.convert_to_tensor(self.beta) if self.center else tf.zeros_like(self.moving_mean),
+            mean=tf.convert_to_tensor(self.moving_mean),
+            variance=tf.convert_to_tensor(self.moving_variance),
+            epsilon=self.epsilon,
+            # The operation returns the moving statistics already updated: far fewer graph nodes than by hand.
+            exponential_avg_factor=1 - self.momentum,
+            is_training=learning,
+        )
+        if learning:
+            self.moving_mean.assign(mean)
+            self.moving_variance.assign(variance)
+        return output
+
+
+def _with_batch_norm(model: keras.Model, kind: type) -> keras.Model:
+    """Clone a model with every batch normalisation made one of `kind`; weights are copied."""
+
+    def clone(layer):
+        made = kind if isinstance(layer, keras.layers.BatchNormalization) else type(layer)
+        return made.from_config(layer.get_config())
+
+    copy = keras.models.clone_model(model, clone_function=clone)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def _load_local(model: keras.Model, features: keras.Model, path: Path) -> None:
+    if not path.is_file():
+        raise WorkbenchError(f"The weights file {path} does not exist: give `weights` imagenet, none or a file.")
+    try:
+        if path.suffix == ".keras":
+            # safe_mode: a model file from elsewhere must not run code.
+            model.set_weights(keras.models.load_model(path, compile=False, safe_mode=True).get_weights())
+        elif path.name.endswith("_notop.h5"):
+            features.load_weights(path)
+        else:
+            model.load_weights(path)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise WorkbenchError(
+            f"The weights in {path} do not fit {model.name} with {model.output_shape[-1]} findings "
+            f"({_first_line(error)}): give weights of the same network, or none."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]

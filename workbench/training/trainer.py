@@ -1,0 +1,375 @@
+"""What each rank runs: training with an exact validation every epoch, predictions, and a throughput measurement.
+
+The same functions run in one process without MPI and on every rank of a cluster. Nothing here averages an AUROC:
+predictions are gathered and the metric is computed once, on the same numbers, by every rank.
+
+    summary = train(TrainConfig(shard_folder="data/shards/synthetic", image_size=64), "results/first-try")
+    summary["best_epoch"], summary["val_auroc"], summary["images_per_second"]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import keras
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+from sklearn.metrics import roc_auc_score
+
+from workbench import WorkbenchError
+from workbench.data import pipeline, shards
+from workbench.runs import update_run, written_whole
+from workbench.training import distributed, network
+from workbench.training.config import TrainConfig, better, decay_after
+
+Report = Callable[[dict], None]
+
+
+def train(
+    config: TrainConfig, run_folder: str | os.PathLike, *, report: Report | None = None, resume: bool = False
+) -> dict:
+    """Train, keep the best epoch, and write what the run's folder is promised to hold.
+
+    Writes `history.csv` and `checkpoint/` after every epoch, `model.keras` after every epoch that is the best so
+    far, and at the end `predictions-val.csv` and `predictions-test.csv` of the best epoch.
+
+    Args:
+        config: the settings, equal on all ranks.
+        run_folder: the run's folder, as `workbench.runs.create_run` made it.
+        report: called on rank 0 about once a second with a dictionary of progress.
+        resume: go on after the last complete epoch of `checkpoint/`.
+
+    Returns:
+        On every rank: epochs, best_epoch, val_auroc, val_loss (of the best epoch), images_per_second (over all
+        ranks, median of the epochs after the first where there are several), seconds, world_size, hosts, and
+        weights_sha256, this rank's own digest of the best epoch's weights.
+
+    Raises:
+        WorkbenchError: shards that do not fit, a loss that is not finite, nothing to resume.
+    """
+    folder, world = Path(run_folder), distributed.start(config.threads)
+    info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
+    train_images = info["splits"]["train"]["images"]
+    # Asked before anything is built: the error about too few images should come at once.
+    steps = pipeline.steps_per_epoch(train_images, batch_size=config.batch_size, size=world.size)
+    tell = report if report and world.rank == 0 else lambda progress: None
+    tell({"phase": "building the network"})
+    model, optimizer = _build(config, len(info["findings"]), world)
+    history, best, best_weights = [], None, None
+    if resume:
+        history, best_weights = _restore(folder, model, optimizer)
+        best = next((row for row in reversed(history) if row["best"]), None)
+    train_step, predict_step = build_train_step(model, optimizer), build_predict_step(model)
+    began = time.perf_counter()
+    for epoch in range(len(history), config.epochs):
+        if _should_stop(config, history):
+            break
+        decay = decay_after(history, factor=config.plateau_factor, patience=config.plateau_patience)
+        row = _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell)
+        tell({"phase": "validating", "epoch": epoch + 1, "epochs": config.epochs})
+        # Horovod: each rank's moving statistics come from its own batches.
+        distributed.average_batch_statistics(model)
+        labels, scores, _ = predict(predict_step, config, "val", world)
+        row |= {"val_loss": binary_crossentropy(labels, scores), "val_auroc": mean_auroc(labels, scores)}
+        row["best"] = int(better(config.best_by, row, best))
+        history.append(row)
+        if row["best"]:
+            best, best_weights = row, [np.array(value) for value in model.get_weights()]
+        # Horovod: all ranks hold the same, so one of them writes.
+        if world.rank == 0:
+            _write_epoch(folder, history, model, optimizer)
+        tell({"history": history[-1], "epoch": epoch + 1, "epochs": config.epochs})
+    tell({"phase": "predicting with the best epoch"})
+    model.set_weights(best_weights)
+    images = shards.read_images(config.shard_folder).set_index("row")
+    for split in ("val", "test"):
+        labels, scores, rows = predict(predict_step, config, split, world)
+        if world.rank == 0:
+            write_predictions(folder, split, labels, scores, info["findings"], images.loc[rows])
+    rates = [row["images_per_second"] for row in history]
+    summary = {
+        "epochs": len(history),
+        "best_epoch": best["epoch"],
+        "val_auroc": best["val_auroc"],
+        "val_loss": best["val_loss"],
+        # The first epoch holds the compilation of the step.
+        "images_per_second": float(np.median(rates[1:] or rates)),
+        "seconds": time.perf_counter() - began,
+        "world_size": world.size,
+        "hosts": sorted(set(gather_names(socket.gethostname()))),
+        "weights_sha256": weights_digest(model),
+    }
+    if world.rank == 0:
+        names = ("world_size", "images_per_second", "best_epoch", "hosts")
+        update_run(folder, **{name: summary[name] for name in names})
+    return summary
+
+
+def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3) -> dict:
+    """Time training steps on the real shards, input included, without keeping anything.
+
+    Args:
+        config: as for `train`.
+        steps: how many steps are timed, one by one; epochs follow each other as far as needed.
+        warmup: untimed steps before them (the first one compiles).
+
+    Returns:
+        On every rank: world_size and images_per_second over all ranks, one value per timed step.
+    """
+    world = distributed.start(config.threads)
+    info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
+    model, optimizer = _build(config, len(info["findings"]), world)
+    train_step, batches, seconds = build_train_step(model, optimizer), _endless(config, world), []
+    for step in range(warmup + steps):
+        began = time.perf_counter()
+        float(train_step(*next(batches)))
+        if step >= warmup:
+            seconds.append(time.perf_counter() - began)
+    # Horovod: a step ends when its slowest rank does.
+    slowest = distributed.gather(np.array([seconds])).max(axis=0)
+    return {"world_size": world.size, "images_per_second": (config.batch_size * world.size / slowest).tolist()}
+
+
+def build_train_step(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Callable:
+    """A compiled step: (B, H, W, 1) uint8 and (B, K) float32 in, this rank's mean loss out; weights updated."""
+    loss_function = keras.losses.BinaryCrossentropy()
+
+    @tf.function(reduce_retracing=True)
+    def train_step(radiographs, labels):
+        with tf.GradientTape() as tape:
+            loss = loss_function(labels, model(radiographs, training=True))
+            scaled = optimizer.scale_loss(loss)
+        # Horovod: `averaging` made apply() average these gradients over all ranks first.
+        optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
+        return loss
+
+    return train_step
+
+
+def build_predict_step(model: keras.Model) -> Callable:
+    """A compiled prediction: (B, H, W, 1) uint8 in, (B, K) float32 in [0, 1] out."""
+    return tf.function(lambda radiographs: model(radiographs, training=False), reduce_retracing=True)
+
+
+def predict(
+    predict_step: Callable, config: TrainConfig, split: str, world: distributed.World
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predict a split, each image once over all ranks.
+
+    Returns:
+        labels (n, K) float32 0/1, scores (n, K) float32 in [0, 1] and rows (n,) int64 of images.csv, for the
+        whole split in the shards' order, on every rank.
+    """
+    batches = pipeline.build_evaluation(
+        config.shard_folder,
+        split,
+        image_size=config.image_size,
+        batch_size=config.batch_size,
+        # Horovod: this rank's slice; ranks may hold unequal numbers, since no step here waits for another rank.
+        rank=world.rank,
+        size=world.size,
+        threads=world.threads,
+    )
+    findings = len(shards.read_info(config.shard_folder)["findings"])
+    labels, scores, rows = [np.zeros((0, findings), np.float32)], [np.zeros((0, findings), np.float32)], []
+    for radiographs, truth, where in batches:
+        scores.append(predict_step(radiographs).numpy())
+        labels.append(truth.numpy())
+        rows.extend(where.numpy())
+    # Horovod: uneven numbers of rows from every rank, joined in rank order.
+    parts = (np.concatenate(labels), np.concatenate(scores), np.array(rows, np.int64))
+    return tuple(distributed.gather(part) for part in parts)
+
+
+def write_predictions(folder: Path, split: str, labels, scores, findings: list[str], images: pd.DataFrame) -> None:
+    """Write `predictions-<split>.csv`: image, patient, a label and a score per finding, sorted by image.
+
+    Args:
+        folder: the run's folder.
+        labels, scores: (n, K), 0/1 and in [0, 1].
+        findings: the K names.
+        images: n rows with `image` and `patient`, in the order of the scores.
+    """
+    truth = pd.DataFrame(labels.astype(np.uint8), columns=findings)
+    score = pd.DataFrame(scores.astype(np.float64), columns=[f"{name}_score" for name in findings])
+    table = pd.concat([images[["image", "patient"]].reset_index(drop=True), truth, score], axis=1)
+    with written_whole(folder / f"predictions-{split}.csv") as part:
+        table.sort_values("image").to_csv(part, index=False)
+
+
+def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Mean area under the ROC curve over the findings that have positives and negatives; NaN if none has."""
+    defined = [k for k in range(labels.shape[1]) if 0 < labels[:, k].sum() < len(labels)]
+    return float(np.mean([roc_auc_score(labels[:, k], scores[:, k]) for k in defined])) if defined else math.nan
+
+
+def binary_crossentropy(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Mean binary cross-entropy over images and findings, clipped like Keras's at 1e-7; NaN without images."""
+    if not len(labels):
+        return math.nan
+    p = np.clip(scores.astype(np.float64), 1e-7, 1 - 1e-7)
+    return float(-np.mean(labels * np.log(p) + (1 - labels) * np.log1p(-p)))
+
+
+def weights_digest(model: keras.Model) -> str:
+    """SHA-256 of all weights of a model, bit for bit, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for value in model.get_weights():
+        digest.update(np.ascontiguousarray(value))
+    return digest.hexdigest()
+
+
+def gather_names(name: str) -> list[str]:
+    """A short text of every rank, in rank order, on every rank."""
+    # Horovod: collectives carry numbers, so the text travels as fixed-width bytes.
+    padded = np.frombuffer(name.encode()[:64].ljust(64, b"\0"), np.uint8)[None]
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in distributed.gather(padded)]
+
+
+def _build(config: TrainConfig, findings: int, world: distributed.World):
+    # The same seed on every rank; the broadcast makes sure whatever the seed does not reach.
+    keras.utils.set_random_seed(config.seed)
+    weights = None if config.weights in ("", "none") else config.weights
+    model = network.build_network(
+        config.network,
+        findings=findings,
+        image_size=config.image_size,
+        # Horovod: one rank fetches the weights, the broadcast brings them to the others.
+        weights=weights if world.rank == 0 else None,
+        precision=config.precision,
+    )
+    optimizer = keras.optimizers.Adam(config.learning_rate)
+    if config.precision == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    # Horovod: average the gradients of all ranks in every step.
+    optimizer = distributed.averaging(optimizer, compression=config.compression)
+    optimizer.build(model.trainable_variables)
+    # Horovod: begin with rank 0's weights and optimizer state.
+    distributed.broadcast(model.variables + optimizer.variables)
+    return model, optimizer
+
+
+def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell) -> dict:
+    """One epoch over this rank's slice; returns the history row without its validation columns."""
+    batches = iter(_training_batches(config, epoch, world))
+    # Horovod: the rate may grow with the number of workers, since the global batch does.
+    rate = config.base_rate(world.size) * decay
+    began = told = time.perf_counter()
+    waited, losses = 0.0, []
+    for step in range(steps):
+        asked = time.perf_counter()
+        radiographs, labels = next(batches)
+        waited += time.perf_counter() - asked
+        set_learning_rate(optimizer, rate * config.warmup(epoch, step, steps))
+        losses.append(train_step(radiographs, labels))
+        # A step late, so that a GPU is never made to wait for Python to look at its loss.
+        if step:
+            _check_finite(losses[step - 1], epoch, step - 1, world.rank)
+        if time.perf_counter() - told > 1:
+            told = time.perf_counter()
+            done = step + 1
+            tell(
+                {
+                    "phase": "training",
+                    "epoch": epoch + 1,
+                    "epochs": config.epochs,
+                    "step": done,
+                    "steps": steps,
+                    "loss": float(np.mean([float(loss) for loss in losses[-20:-1] or losses])),
+                    "images_per_second": done * config.batch_size * world.size / (told - began),
+                }
+            )
+    _check_finite(losses[-1], epoch, steps - 1, world.rank)
+    seconds = time.perf_counter() - began
+    # Horovod: averaged before anything reads them; every rank did the same number of images.
+    row = distributed.average(
+        {"loss": float(np.mean([float(loss) for loss in losses])), "seconds": seconds, "waited": waited}
+    )
+    return {
+        "epoch": epoch + 1,
+        "seconds": row["seconds"],
+        "images_per_second": steps * config.batch_size * world.size / row["seconds"],
+        "input_wait_share": row["waited"] / row["seconds"],
+        "learning_rate": rate * config.warmup(epoch, steps - 1, steps),
+        "loss": row["loss"],
+    }
+
+
+def _training_batches(config: TrainConfig, epoch: int, world: distributed.World) -> tf.data.Dataset:
+    return pipeline.build_training(
+        config.shard_folder,
+        image_size=config.image_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        # Horovod: this rank's slice of the epoch's permutation.
+        rank=world.rank,
+        size=world.size,
+        augment=config.augment,
+        threads=world.threads,
+    )
+
+
+def _endless(config: TrainConfig, world: distributed.World):
+    epoch = 0
+    while True:
+        yield from _training_batches(config, epoch, world)
+        epoch += 1
+
+
+def set_learning_rate(optimizer: keras.optimizers.Optimizer, rate: float) -> None:
+    """Set the rate of an optimizer, reaching through a loss-scaling one."""
+    getattr(optimizer, "inner_optimizer", optimizer).learning_rate = rate
+
+
+def _check_finite(loss, epoch: int, step: int, rank: int) -> None:
+    if not math.isfinite(float(loss)):
+        raise WorkbenchError(
+            f"The loss became {float(loss)} in step {step + 1} of epoch {epoch + 1} on rank {rank}: lower "
+            "`learning_rate`, add `warmup_epochs`, or use `precision` float32."
+        )
+
+
+def _should_stop(config: TrainConfig, history: list[dict]) -> bool:
+    if not config.early_stop_patience or not history:
+        return False
+    best = max((i for i, row in enumerate(history) if row["best"]), default=0)
+    return len(history) - 1 - best >= config.early_stop_patience
+
+
+def _write_epoch(folder: Path, history: list[dict], model, optimizer) -> None:
+    if history[-1]["best"]:
+        with written_whole(folder / "model.keras") as part:
+            network.plain_copy(model).save(part)
+    (folder / "checkpoint").mkdir(exist_ok=True)
+    # One file, so that history, weights and optimizer cannot come from different epochs.
+    state = {f"model_{i:04d}": np.array(v) for i, v in enumerate(model.variables)}
+    state |= {f"optimizer_{i:04d}": np.array(v) for i, v in enumerate(optimizer.variables)}
+    with written_whole(folder / "checkpoint" / "last.npz") as part:
+        np.savez(part, history=np.array(json.dumps(history)), **state)
+    with written_whole(folder / "history.csv") as part:
+        pd.DataFrame(history).to_csv(part, index=False)
+
+
+def _restore(folder: Path, model, optimizer) -> tuple[list[dict], list[np.ndarray] | None]:
+    """Load the checkpoint into model and optimizer; returns the history and the best epoch's weights."""
+    path = folder / "checkpoint" / "last.npz"
+    if not path.exists():
+        raise WorkbenchError(f"There is nothing to resume: {path} does not exist, no epoch was completed.")
+    # allow_pickle stays off: a checkpoint must not run code.
+    with np.load(path) as state:
+        history = json.loads(str(state["history"]))
+        for kind, variables in (("model", model.variables), ("optimizer", optimizer.variables)):
+            for i, variable in enumerate(variables):
+                variable.assign(state[f"{kind}_{i:04d}"])
+    best = keras.models.load_model(folder / "model.keras", compile=False, safe_mode=True)
+    return history, best.get_weights()
