@@ -1,0 +1,193 @@
+"""Recipes through notebooks, on small notebooks of our own: order, parameters, failures, resuming."""
+
+import shutil
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from workbench import WorkbenchError, batch, cli, runs
+
+ROOT = runs.project_root()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A project of five notebooks that only write down what they were given."""
+    (tmp_path / "notebooks" / "recipes").mkdir(parents=True)
+    for number, stage in enumerate(batch.STAGES, 1):
+        source = f'run = ""  # the run\nnumber_{number} = {number}  # a whole number\nrate = 0.5  # a number\n'
+        if number == 3:
+            source += 'resume = False  # go on\nname = "x"  # a text\nnames = []  # a list\nbroken = False  # fail\n'
+        cells = [
+            new_markdown_cell(f"# {number}\n"),
+            new_code_cell(source, metadata={"tags": ["parameters"]}),
+            new_markdown_cell(f"## Section of {number}"),
+            new_code_cell(
+                "from pathlib import Path\n"
+                f"told = (run, number_{number}, rate{', resume' if number == 3 else ''})\n"
+                "print(told)\n"
+                "with open(Path('..') / 'results' / run / 'told.txt', 'a') as file: print(told, file=file)"
+            ),
+        ]
+        if number == 3:
+            cells.append(
+                new_code_cell(
+                    "from workbench import WorkbenchError\n"
+                    "if broken: raise WorkbenchError('the shards are broken: write them again.')"
+                )
+            )
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(new_notebook(cells=cells, metadata=kernel), tmp_path / "notebooks" / f"{stage}.ipynb")
+    (tmp_path / "notebooks" / "recipes" / "mine.yml").write_text("# My recipe.\nrate: 2\nnumber_2: 20\n")
+    return tmp_path
+
+
+@pytest.mark.notebooks
+def test_a_recipe_runs_through_all_notebooks_in_order(root, capsys):
+    folder = batch.run_recipe(root, "mine", overrides={"number_3": 30}, name="whole")
+    told = (folder / "told.txt").read_text().splitlines()
+    assert told == [
+        "('whole', 1, 2)",
+        "('whole', 20, 2)",
+        "('whole', 30, 2, False)",
+        "('whole', 4, 2)",
+        "('whole', 5, 2)",
+    ]
+    record = runs.read_run(folder)
+    assert record["status"] == "finished"
+    assert record["parameters"]["number_2"] == 20
+    assert [stage["status"] for stage in record["stages"].values()] == ["finished"] * 5
+    executed = nbformat.read(folder / "notebooks" / "03_train.ipynb", as_version=4)
+    assert "('whole', 30, 2, False)" in str(executed.cells)
+    said = capsys.readouterr().out
+    assert "[3/5] 03_train: train on MPI ranks" in said
+    assert "Section of 4" in said
+    assert "        ('whole', 5, 2)" in said
+
+
+@pytest.mark.notebooks
+def test_a_failed_stage_keeps_its_notebook_and_is_taken_up_again(root):
+    with pytest.raises(WorkbenchError, match=r"03_train failed: the shards are broken: write them again\. .*--resume"):
+        batch.run_recipe(root, "mine", overrides={"broken": True}, name="twice")
+    folder = root / "results" / "twice"
+    assert runs.read_run(folder)["status"] == "failed"
+    assert (folder / "notebooks" / "03_train.ipynb").exists()
+    assert not (folder / "notebooks" / "04_evaluate.ipynb").exists()
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "last.npz").touch()
+    batch.resume_run(root, "twice", overrides={"broken": False})
+    told = (folder / "told.txt").read_text().splitlines()
+    assert told[2:4] == ["('twice', 3, 2, False)", "('twice', 3, 2, True)"]
+    assert len(told) == 6
+    assert runs.read_run(folder)["status"] == "finished"
+    with pytest.raises(WorkbenchError, match="`twice` is finished: nothing is left"):
+        batch.resume_run(root, "twice")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rat": 1.0}, r"`rat` of mine is no parameter \(did you mean `rate`\?\); the parameters are broken, name"),
+        ({"run": "x"}, "`run` of mine is no parameter"),
+        ({"number_1": 1.5}, "`number_1` of mine is 1.5: expected a whole number, such as 1"),
+        ({"number_1": True}, "`number_1` of mine is True: expected a whole number"),
+        ({"name": 3}, "`name` of mine is 3: expected a text"),
+        ({"names": "Edema"}, "`names` of mine is 'Edema': expected a list"),
+        ({"broken": "yes"}, "`broken` of mine is 'yes': expected true or false"),
+    ],
+)
+def test_bad_parameters_are_refused_before_anything_is_made(root, settings, said):
+    with pytest.raises(WorkbenchError, match=said):
+        batch.run_recipe(root, "mine", overrides=settings)
+    assert not (root / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("- a\n- list\n", "has to be flat YAML"), ("a: [1\n", "is not YAML"), ("1: 2\n", "has to be flat YAML")],
+)
+def test_bad_recipes_are_refused(root, content, said):
+    path = root / "bad.yml"
+    path.write_text(content)
+    with pytest.raises(WorkbenchError, match=said):
+        batch.run_recipe(root, str(path))
+
+
+def test_a_number_without_a_point_is_a_number(root):
+    # YAML 1.1 would have it a text.
+    assert batch.check_parameters(root, batch.parse_settings(["rate=1e-3"]), where="mine")["rate"] == 0.001
+    with pytest.raises(WorkbenchError, match="`rate` of mine is 'fast': expected a number"):
+        batch.check_parameters(root, {"rate": "fast"}, where="mine")
+
+
+def test_unknown_recipes_and_stages_are_refused(root):
+    with pytest.raises(WorkbenchError, match="no recipe `yours`: choose one of mine"):
+        batch.run_recipe(root, "yours")
+    with pytest.raises(WorkbenchError, match="no stage `07`: choose one of 01_explore_dataset"):
+        batch.run_recipe(root, "mine", first="07")
+    assert not (root / "results").exists()
+
+
+def test_settings_of_the_command_line_are_yaml():
+    assert batch.parse_settings(["epochs=3", "findings=[Edema, Mass]", "name=", "rate=0.1", "x=a=b"]) == {
+        "epochs": 3,
+        "findings": ["Edema", "Mass"],
+        "name": "",
+        "rate": 0.1,
+        "x": "a=b",
+    }
+    with pytest.raises(WorkbenchError, match="KEY=VALUE"):
+        batch.parse_settings(["epochs"])
+
+
+@pytest.mark.parametrize("recipe", sorted(batch.recipes(ROOT)))
+def test_every_recipe_names_only_parameters_that_there_are(recipe):
+    label, chosen = batch.read_recipe(ROOT, recipe)
+    batch.check_parameters(ROOT, chosen, where=label)
+    head = (ROOT / "notebooks" / "recipes" / f"{recipe}.yml").read_text()
+    assert f"workbench run {recipe}" in head
+    assert "Hardware" in head
+
+
+def test_the_recipe_synthetic_is_what_the_notebooks_do_by_themselves():
+    _, chosen = batch.read_recipe(ROOT, "synthetic")
+    defaults = {}
+    for stage in batch.known_parameters(ROOT).values():
+        defaults |= stage
+    assert {name: defaults[name] for name in chosen} == chosen
+
+
+def test_notebooks_that_share_a_parameter_agree_on_its_value():
+    seen = {}
+    for stage, parameters in batch.known_parameters(ROOT).items():
+        for name, value in parameters.items():
+            assert seen.setdefault(name, value) == value, f"{stage}: {name}"
+
+
+def test_the_command_line_tells_errors_in_a_sentence(root, monkeypatch, capsys):
+    monkeypatch.setenv("WORKBENCH_ROOT", str(root))
+    assert cli.main(["run", "yours"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("workbench: There is no recipe `yours`")
+    assert "Traceback" not in said
+    assert cli.main(["run"]) == 1
+    assert "Name either a recipe or --resume RUN" in capsys.readouterr().err
+    assert cli.main(["runs"]) == 0
+    assert "No runs yet" in capsys.readouterr().out
+    runs.create_run(root, "taken")
+    assert cli.main(["run", "mine", "--name", "taken"]) == 1
+    assert "`taken` exists already" in capsys.readouterr().err
+    shutil.rmtree(root / "results")
+
+
+def test_python_m_workbench_is_the_same_command(tmp_path):
+    import subprocess
+    import sys
+
+    told = subprocess.run(
+        [sys.executable, "-m", "workbench", "run", "nowhere"], capture_output=True, text=True, timeout=60
+    )
+    assert told.returncode == 1
+    assert told.stderr.startswith("workbench: There is no recipe `nowhere`: choose one of chexnet")
+    assert told.stdout == ""

@@ -1,0 +1,167 @@
+"""The five notebooks, executed whole: by the command, and one by one as JupyterLab's kernel would run them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from nbclient import NotebookClient
+from sklearn.metrics import roc_auc_score
+
+from workbench import batch, runs
+from workbench.data import shards
+
+ROOT = runs.project_root()
+# The same notebooks, on a data set and a network that take seconds.
+QUICK = {
+    "synthetic_patients": 120,
+    "image_size": 32,
+    "shard_margin": 4,
+    "network": "Tiny",
+    "batch_size": 8,
+    "epochs": 3,
+    "learning_rate": 0.003,
+    "measured_steps": 5,
+    "resamples": 200,
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project's notebooks, with data and results of its own."""
+    root = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "notebooks", root / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    return root
+
+
+def workbench(project, *arguments, **settings):
+    options = [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    return subprocess.run(
+        [sys.executable, "-m", "workbench", *arguments, *options],
+        env=os.environ | {"WORKBENCH_ROOT": str(project)},
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(project):
+    """A run of the recipe `synthetic` through all five notebooks, with the quick settings."""
+    told = workbench(project, "run", "synthetic", "--name", "quick", **QUICK)
+    assert told.returncode == 0, told.stdout + told.stderr
+    return told.stdout, project / "results" / "quick"
+
+
+pytestmark = [pytest.mark.notebooks, pytest.mark.mpi]
+
+
+def test_the_command_tells_where_it_is_and_how_it_went(finished):
+    said, folder = finished
+    for number, stage in enumerate(batch.STAGES, 1):
+        assert f"[{number}/5] {stage}: {batch.STAGES[stage]}" in said
+        assert f"[{number}/5] {stage}: done in" in said
+    assert "epoch  3/3" in said
+    lines = said.splitlines()
+    assert lines[-1] == str(folder)
+    assert any(line.startswith("mean test AUROC 0.") for line in lines[-4:])
+    assert any("images/s in training on 2 workers" in line for line in lines[-4:])
+
+
+def test_the_run_s_folder_holds_what_is_promised(finished):
+    _, folder = finished
+    for name in (
+        "run.json",
+        "history.csv",
+        "predictions-val.csv",
+        "predictions-test.csv",
+        "metrics.json",
+        "scaling.csv",
+        "model.keras",
+        "checkpoint/last.npz",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert {path.stem for path in (folder / "notebooks").glob("*.ipynb")} == set(batch.STAGES)
+    figures = {path.stem[:2] for path in (folder / "figures").glob("*.png")}
+    assert figures == {"01", "02", "03", "04", "05"}
+    assert not list(folder.rglob("*part*"))
+    record = runs.read_run(folder)
+    assert (record["status"], record["world_size"]) == ("finished", 2)
+    assert list(pd.read_csv(folder / "scaling.csv")["workers"]) == [1, 2]
+
+
+def test_the_auroc_in_the_metrics_is_scikit_learn_s(finished):
+    _, folder = finished
+    metrics = json.loads((folder / "metrics.json").read_text())["test"]
+    table = pd.read_csv(folder / "predictions-test.csv")
+    for name, told in metrics["per_finding"].items():
+        if told["auroc"] is not None:
+            assert told["auroc"] == pytest.approx(roc_auc_score(table[name], table[f"{name}_score"]), abs=1e-9)
+    defined = [told["auroc"] for told in metrics["per_finding"].values() if told["auroc"] is not None]
+    assert metrics["mean_auroc"] == pytest.approx(np.mean(defined), abs=1e-9)
+    assert len(defined) == metrics["findings"]
+
+
+def test_every_test_image_is_predicted_exactly_once(finished, project):
+    _, folder = finished
+    expected = shards.read_images(project / "data" / "shards" / "synthetic").query("split == 'test'")
+    assert list(pd.read_csv(folder / "predictions-test.csv")["image"]) == sorted(expected["image"])
+
+
+def test_a_name_that_is_taken_is_refused(finished, project):
+    told = workbench(project, "run", "synthetic", "--name", "quick", **QUICK)
+    assert told.returncode == 1
+    assert told.stderr == (
+        f"workbench: The run `quick` exists already ({project / 'results' / 'quick'}): choose another name, a run is "
+        "never overwritten.\n"
+    )
+
+
+@pytest.mark.parametrize("stage", batch.STAGES)
+def test_a_notebook_runs_by_itself_with_nothing_but_smaller_values(finished, project, stage, monkeypatch):
+    """As in JupyterLab: no run is named, so 03 makes one, and 04 and 05 take the newest."""
+    monkeypatch.setenv("WORKBENCH_ROOT", str(project))
+    monkeypatch.delenv("WORKBENCH_PLAIN_PROGRESS", raising=False)
+    notebook = nbformat.read(project / "notebooks" / f"{stage}.ipynb", as_version=4)
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    for name, value in (QUICK | {"epochs": 1}).items():
+        if f"{name} = " in parameters.source:
+            parameters.source += f"\n{name} = {value!r}"
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(project / "notebooks")}},
+    ).execute()
+    if stage == "03_train":
+        panels = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+        assert any("val AUROC" in str(output["data"].get("text/html", "")) for output in panels)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "said"),
+    [
+        ({"data_folder": "nowhere", "synthetic_patients": 0}, "01", "nowhere"),
+        ({"findings": ["Broken_Rib"]}, "01", "Broken_Rib"),
+        ({"batch_size": 5000}, "03", "fewer than one global batch"),
+        ({"workers": 64}, "03", "`workers` 64 cannot be started on this machine"),
+        ({"network": "AlexNet"}, "03", "There is no network `AlexNet`"),
+        ({"findings": ["Edema"], "from": "03"}, "03", "Edema"),
+    ],
+)
+def test_bad_settings_end_in_one_sentence(finished, project, settings, stage, said):
+    begin = ["--from", settings["from"]] if "from" in settings else []
+    name = f"bad-{abs(hash(str(settings)))}"
+    chosen = {key: value for key, value in settings.items() if key != "from"}
+    told = workbench(project, "run", "synthetic", "--name", name, *begin, **QUICK | chosen)
+    assert told.returncode == 1
+    assert "Traceback" not in told.stderr
+    assert said in told.stderr
+    assert told.stderr.startswith(f"workbench: {stage}_")
+    assert told.stderr.count("\n") == 1
+    assert runs.read_run(project / "results" / name)["status"] == "failed"

@@ -1,0 +1,267 @@
+"""A recipe through the five notebooks, headless, by papermill.
+
+A recipe is a flat YAML file over the names in the notebooks' cells tagged `parameters`; what it leaves out keeps
+the notebooks' own values. Executed notebooks, figures and the record go to the run's folder.
+
+    from workbench import batch, runs
+    folder = batch.run_recipe(runs.project_root(), "synthetic", overrides={"epochs": 3}, name="short")
+    folder = batch.resume_run(runs.project_root(), "short")       # after a break or a failed stage
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+
+from workbench import WorkbenchError, runs
+
+# What each notebook is for, as the progress line says it.
+STAGES = {
+    "01_explore_dataset": "what is in the data",
+    "02_write_shards": "images to shards",
+    "03_train": "train on MPI ranks",
+    "04_evaluate": "AUROC and curves",
+    "05_scaling": "throughput by number of workers",
+}
+# Set by the stages themselves, not by recipes.
+OWN = ("run", "resume")
+
+
+def run_recipe(
+    root: Path, recipe: str, *, overrides: Mapping[str, Any] | None = None, name: str = "", first: str = ""
+) -> Path:
+    """Carry a recipe through the notebooks in a new run.
+
+    Args:
+        root: the project's top folder.
+        recipe: a name in notebooks/recipes/, or the path of a YAML file.
+        overrides: parameters that replace the recipe's.
+        name: the run's name; empty for recipe and time.
+        first: the stage to begin with, such as "03_train" or "03" (shards must be there); empty for all.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        WorkbenchError: an unknown recipe, key or stage, a value of another kind, a taken name, a failed stage.
+    """
+    label, chosen = read_recipe(root, recipe)
+    parameters = check_parameters(root, chosen | dict(overrides or {}), where=label)
+    stages = _from(first)
+    folder = runs.create_run(root, name or runs.new_name(label), recipe=label, parameters=parameters)
+    return _execute(root, folder, parameters, stages)
+
+
+def resume_run(root: Path, name: str, *, overrides: Mapping[str, Any] | None = None, first: str = "") -> Path:
+    """Go on with a run from its first stage that is not finished, or from the stage that is named.
+
+    Training goes on after its last complete epoch. Raises and returns as `run_recipe`.
+    """
+    folder = runs.find_run(root, name)
+    record = runs.read_run(folder)
+    parameters = check_parameters(root, record["parameters"] | dict(overrides or {}), where=f"the run {name}")
+    finished = [stage for stage, told in record["stages"].items() if told["status"] == "finished"]
+    left = next((stage for stage in STAGES if stage not in finished), None)
+    if not first and left is None:
+        raise WorkbenchError(f"The run `{name}` is finished: nothing is left to resume, unless you say --from STAGE.")
+    runs.update_run(folder, status="running", ended=None, parameters=parameters)
+    return _execute(root, folder, parameters, _from(first or left))
+
+
+def read_recipe(root: Path, recipe: str) -> tuple[str, dict]:
+    """A recipe's name and its parameters, read safely from YAML. Raises a WorkbenchError if it is none."""
+    path = Path(recipe) if recipe.endswith((".yml", ".yaml")) else root / "notebooks" / "recipes" / f"{recipe}.yml"
+    if not path.is_file():
+        raise WorkbenchError(
+            f"There is no recipe `{recipe}`: choose one of {', '.join(recipes(root))}, or a .yml file."
+        )
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first_line = str(error).replace("\n", " ")
+        raise WorkbenchError(
+            f"The recipe {path} is not YAML ({first_line}): write `name: value`, one a line."
+        ) from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise WorkbenchError(f"The recipe {path} is not a list of `name: value` lines: it has to be flat YAML.")
+    return path.stem, content
+
+
+def recipes(root: Path) -> dict[str, str]:
+    """The recipes that come with the workbench: name -> the first line of its head comment."""
+    found = {}
+    for path in sorted((root / "notebooks" / "recipes").glob("*.yml")):
+        found[path.stem] = path.read_text().splitlines()[0].lstrip("# ").strip()
+    return found
+
+
+def known_parameters(root: Path) -> dict[str, dict[str, Any]]:
+    """Every notebook's parameters with their values as committed: stage -> {name: value}."""
+    known = {}
+    for stage in STAGES:
+        cells = nbformat.read(root / "notebooks" / f"{stage}.ipynb", as_version=4).cells
+        source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+        # Our own committed notebook: assignments of literals.
+        scope: dict[str, Any] = {}
+        exec(source, {"__builtins__": {}}, scope)
+        known[stage] = scope
+    return known
+
+
+def check_parameters(root: Path, chosen: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """All parameters of all notebooks: the chosen ones checked for name and kind, the rest as committed."""
+    defaults: dict[str, Any] = {}
+    for stage in known_parameters(root).values():
+        defaults |= stage
+    checked = dict(chosen)
+    for name, value in chosen.items():
+        if name not in defaults or (name in OWN and value not in ("", False, defaults[name])):
+            names = sorted(set(defaults) - set(OWN))
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f" (did you mean `{close[0]}`?)" if close else ""
+            raise WorkbenchError(f"`{name}` of {where} is no parameter{hint}; the parameters are {', '.join(names)}.")
+        expected = type(defaults[name])
+        value = checked[name] = _number(value) if expected is float else value
+        fits = isinstance(value, expected) or (expected is float and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and expected is not bool):
+            raise WorkbenchError(
+                f"`{name}` of {where} is {value!r}: expected {_kind(expected)}, such as {defaults[name]!r}."
+            )
+    return defaults | checked
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes `1e-3`, without a point, for a text; here it is the number that was meant."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """`["epochs=3", "findings=[Edema]"]` -> a dictionary; values are YAML. Raises a WorkbenchError without `=`."""
+    parsed = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.strip():
+            raise WorkbenchError(f"`--set {setting}` is not of the form KEY=VALUE, such as `--set epochs=3`.")
+        try:
+            parsed[name.strip()] = yaml.safe_load(value) if value.strip() else ""
+        except yaml.YAMLError:
+            raise WorkbenchError(f"The value of `--set {setting}` cannot be read: quote it.") from None
+    return parsed
+
+
+def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> Path:
+    os.environ["WORKBENCH_PLAIN_PROGRESS"] = "1"
+    # The kernel of this environment, whatever kernels the user has installed elsewhere.
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    known = known_parameters(root)
+    print(f"run {folder.name}: {len(stages)} notebooks, into {folder}", flush=True)
+    for stage in stages:
+        number = list(STAGES).index(stage) + 1
+        print(f"[{number}/{len(STAGES)}] {stage}: {STAGES[stage]}", flush=True)
+        given = {name: parameters[name] for name in known[stage] if name in parameters}
+        given |= {"run": folder.name}
+        if "resume" in known[stage]:
+            given["resume"] = (folder / "checkpoint").exists()
+        began = time.monotonic()
+        try:
+            _execute_notebook(root, folder, stage, given)
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            told = {"status": "interrupted" if stopped else "failed", "seconds": round(time.monotonic() - began, 1)}
+            runs.update_run(folder, status=told["status"], ended=runs.now(), stages={stage: told})
+            if not isinstance(error, PapermillExecutionError):
+                raise
+            raise WorkbenchError(_failure(folder, stage, error)) from None
+        seconds = round(time.monotonic() - began, 1)
+        runs.update_run(folder, stages={stage: {"status": "finished", "seconds": seconds}})
+        print(f"[{number}/{len(STAGES)}] {stage}: done in {seconds:.0f} s", flush=True)
+    runs.update_run(folder, status="finished", ended=runs.now())
+    return folder
+
+
+def _execute_notebook(root: Path, folder: Path, stage: str, given: dict) -> None:
+    papermill.execute_notebook(
+        root / "notebooks" / f"{stage}.ipynb",
+        folder / "notebooks" / f"{stage}.ipynb",
+        parameters=given,
+        cwd=root / "notebooks",
+        kernel_name="python3",
+        engine_name="announcing",
+        progress_bar=False,
+        # Its warning about the loopback transport would head every notebook's output.
+        extra_arguments=["--log-level=ERROR"],
+        stdout_file=_Indented(sys.stdout),
+    )
+
+
+class _AnnouncingEngine(NBClientEngine):
+    """papermill's own engine, which also prints each section's heading as the notebook reaches it."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, **settings):
+        start_cell = nb_man.cell_start
+
+        def announcing(cell, cell_index=None, **rest):
+            if cell.cell_type == "markdown" and cell.source.startswith("## "):
+                print(f"      {cell.source.splitlines()[0].lstrip('# ')}", flush=True)
+            start_cell(cell, cell_index, **rest)
+
+        nb_man.cell_start = announcing
+        return super().execute_managed_notebook(nb_man, kernel_name, **settings)
+
+
+papermill_engines.register("announcing", _AnnouncingEngine)
+
+
+class _Indented:
+    """A text stream that sets what notebooks print in from the stages' own lines."""
+
+    def __init__(self, stream):
+        self._stream, self._fresh = stream, True
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines(keepends=True):
+            self._stream.write(("        " if self._fresh and line.strip() else "") + line)
+            self._fresh = line.endswith("\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _from(first: str) -> list[str]:
+    if not first:
+        return list(STAGES)
+    matching = [stage for stage in STAGES if stage.startswith(first) or stage[3:].startswith(first)]
+    if len(matching) != 1:
+        raise WorkbenchError(f"There is no stage `{first}`: choose one of {', '.join(STAGES)}.")
+    return list(STAGES)[list(STAGES).index(matching[0]) :]
+
+
+def _failure(folder: Path, stage: str, error: PapermillExecutionError) -> str:
+    said = str(error.evalue).strip().rstrip(".") or error.ename
+    if not error.ename.endswith(("WorkbenchError", "WorkerError")):
+        said = f"{error.ename}: {said}"
+    return (
+        f"{stage} failed: {said}. The notebook up to there is {folder / 'notebooks' / f'{stage}.ipynb'}; go on with "
+        f"`workbench run --resume {folder.name}`."
+    )
+
+
+def _kind(expected: type) -> str:
+    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}[expected]

@@ -1,0 +1,144 @@
+"""The command `workbench`: recipes, runs, data sets and a look at the machine.
+
+workbench run synthetic --set epochs=3
+workbench runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from workbench import WorkbenchError, __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 for an error told in a sentence, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.call(options) or 0
+    except WorkbenchError as error:
+        print(f"workbench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("workbench: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> None:
+    if bool(options.recipe) == bool(options.resume):
+        raise WorkbenchError("Name either a recipe or --resume RUN: `workbench run synthetic`, say.")
+    from workbench import batch, runs
+
+    root, settings = runs.project_root(), batch.parse_settings(options.set)
+    if options.resume:
+        folder = batch.resume_run(root, options.resume, overrides=settings, first=options.first)
+    else:
+        folder = batch.run_recipe(root, options.recipe, overrides=settings, name=options.name, first=options.first)
+    _summarise(folder)
+
+
+def _summarise(folder) -> None:
+    from workbench import runs
+
+    row = runs.list_runs(folder.parents[1]).set_index("run").loc[folder.name]
+    metrics = runs.read_metrics(folder).get("test")
+    if metrics:
+        print(
+            f"mean test AUROC {metrics['mean_auroc']:.4f} (95 % interval {metrics['ci_low']:.4f} to "
+            f"{metrics['ci_high']:.4f}, {metrics['findings']} findings)"
+        )
+    if row["images_per_second"] == row["images_per_second"]:
+        print(f"{row['images_per_second']:.1f} images/s in training on {row['workers']:.0f} workers")
+    print(f"{row['minutes']:.1f} minutes in all")
+    print(folder)
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from workbench import runs
+
+    table = runs.list_runs(runs.project_root())
+    if table.empty:
+        print("No runs yet: `workbench run synthetic` makes one.")
+        return
+    shown = table.fillna({"workers": 0}).astype({"workers": int})
+    print(shown.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from workbench import doctor
+
+    return doctor.main()
+
+
+def _download(options: argparse.Namespace) -> None:
+    from workbench.data import download
+
+    download.download(options.folder, jobs=options.jobs, keep_archives=options.keep_archives)
+
+
+def _synthesize(options: argparse.Namespace) -> None:
+    from workbench.data import synthetic
+
+    folder = synthetic.write_synthetic(
+        options.folder, patients=options.patients, image_size=options.image_size, seed=options.seed
+    )
+    print(folder)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="workbench",
+        description="Train and evaluate chest-radiograph models: five notebooks, run headlessly or in JupyterLab.",
+    )
+    parser.add_argument("--version", action="version", version=f"workbench {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="carry a recipe through the five notebooks",
+        description="Carry a recipe through the five notebooks and print the run's folder. Recipes: "
+        + "; ".join(_recipes())
+        + ".",
+    )
+    run.add_argument("recipe", nargs="?", default="", metavar="RECIPE", help="a recipe's name, or a .yml file")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a parameter; may be given repeatedly"
+    )
+    run.add_argument("--name", default="", help="the run's name (default: recipe and time)")
+    run.add_argument("--from", dest="first", default="", metavar="STAGE", help="begin with this stage, such as 03")
+    run.add_argument("--resume", default="", metavar="RUN", help="go on with a run where it stopped")
+    run.set_defaults(call=_run)
+
+    all_runs = commands.add_parser("runs", help="all runs as a table, the newest first")
+    all_runs.set_defaults(call=_runs)
+
+    doctor = commands.add_parser("doctor", help="what this machine can do, and what is missing")
+    doctor.set_defaults(call=_doctor)
+
+    download = commands.add_parser(
+        "download", help="fetch NIH's twelve archives of images (42 GB), resumed and verified"
+    )
+    download.add_argument("folder", metavar="DIR", help="where to put them, such as data/nih")
+    download.add_argument("--jobs", type=int, default=3, help="archives fetched at a time (default: 3)")
+    download.add_argument("--keep-archives", action="store_true", help="keep the archives after unpacking them")
+    download.set_defaults(call=_download)
+
+    synthesize = commands.add_parser("synthesize", help="write a small made-up data set in NIH's layout")
+    synthesize.add_argument("folder", metavar="DIR", help="a folder that does not exist yet")
+    synthesize.add_argument("--patients", type=int, default=480, help="number of patients (default: 480)")
+    synthesize.add_argument("--image-size", type=int, default=96, help="side in pixels (default: 96)")
+    synthesize.add_argument("--seed", type=int, default=0, help="the same seed, the same images (default: 0)")
+    synthesize.set_defaults(call=_synthesize)
+    return parser
+
+
+def _recipes() -> list[str]:
+    # By file name alone: reading them would import YAML for every `--help`.
+    from workbench.runs import project_root
+
+    return sorted(path.stem for path in (project_root() / "notebooks" / "recipes").glob("*.yml"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
