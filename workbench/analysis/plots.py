@@ -246,8 +246,10 @@ def plot_history(history: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> 
             panel.axvline(epoch, color=GREEN, linewidth=1.2, linestyle=(0, (4, 3)), zorder=0)
         axes[1].plot(epoch, auroc, marker="*", markersize=14, color=GREEN, zorder=3)
         axes[1].margins(y=0.12)
+        # Towards the middle of the panel, so that it never runs into the next one.
+        side = "left" if 2 * epoch < epochs.min() + epochs.max() else "right"
         label = axes[1].annotate(
-            f"best {auroc:.3f}", (epoch, auroc), xytext=(0, 9), textcoords="offset points", ha="center",
+            f"best {auroc:.3f}", (epoch, auroc), xytext=(0, 9), textcoords="offset points", ha=side,
             fontsize=9, color=GREEN, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
         label.set_in_layout(False)

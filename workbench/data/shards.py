@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import struct
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -99,7 +100,7 @@ def write_shards(
     todo = [shard for shard in shards if _count_records(folder / shard[0]) != shard[2] - shard[1]]
     labels = table[findings].to_numpy(np.uint8)
     jobs = [(paths[start:stop], image_size, encoding) for _, start, stop in todo]
-    with tqdm(total=len(table), unit=" images", disable=not progress, mininterval=1) as bar:
+    with tqdm(total=len(table), unit=" images", disable=not progress, mininterval=5, file=sys.stdout) as bar:
         bar.update(len(table) - sum(stop - start for _, start, stop in todo))
         for (name, start, stop), images in zip(todo, _encode_shards(jobs, processes), strict=True):
             _write_shard(folder / name, images, labels[start:stop], range(start, stop))
@@ -164,7 +165,7 @@ def verify_shards(folder: str | Path, *, progress: bool = False) -> pd.DataFrame
     table = read_images(folder)
     check_sizes(folder, info)
     rows = [{"split": split} | shard for split in SPLITS for shard in info["splits"][split]["shards"]]
-    for shard in tqdm(rows, unit=" shards", disable=not progress, mininterval=1):
+    for shard in tqdm(rows, unit=" shards", disable=not progress, mininterval=5, file=sys.stdout):
         path = folder / shard["file"]
         if _sha256(path) != shard["sha256"]:
             raise WorkbenchError(f"`{path}` has changed since it was written: write the shards again.")

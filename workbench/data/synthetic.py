@@ -13,6 +13,7 @@ whether a pipeline learns, nothing about radiographs.
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,9 @@ def _write_all(folder: Path, settings: dict, progress: bool) -> None:
     in_test = table["patient"].isin(tested)
 
     boxes = []
-    for row, image in enumerate(tqdm(table["image"], unit=" images", disable=not progress, mininterval=1)):
+    for row, image in enumerate(
+        tqdm(table["image"], unit=" images", disable=not progress, mininterval=5, file=sys.stdout)
+    ):
         # Of its own for each image, so that one image does not change with what others drew.
         own = np.random.default_rng([settings["seed"], row])
         present = [name for name, positive in zip(SHARES, labels[row], strict=True) if positive]
