@@ -13,6 +13,7 @@ repeat what colour says.
     plots.plot_auroc(table, published.published_auroc())
 """
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from textwrap import fill
@@ -90,7 +91,7 @@ def plot_demographics(frame: pd.DataFrame, *, ax: Sequence[Axes] | None = None) 
     """
     axes = _panels(ax, 2, height=3.7, width_ratios=[2, 1])
     colours = {"F": PURPLE, "M": BLUE}
-    names = {"F": "women", "M": "men"}
+    names = {"F": "female", "M": "male"}
     ages = frame["age"].clip(upper=100)
     edges = np.arange(0, 105, 5)
     for sex, colour in colours.items():
@@ -156,6 +157,10 @@ def plot_split_shift(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     table = table.sort_values("share")
     columns = [name for name in table.columns if name not in ("images", "share")]
     shares = table[columns].rename(columns=lambda name: name.removeprefix("share_").removesuffix("_share"))
+    # A logarithm has no place for a finding that a split lacks; it stands at the left edge, marked 0 %.
+    nothing = shares[shares > 0].min().min() / 2
+    lacking = bool((shares == 0).any().any())
+    shares = shares.clip(lower=nothing)
     rows = np.arange(len(table))
     ax.hlines(rows, shares.min(axis=1), shares.max(axis=1), color=GREY, linewidth=2, alpha=0.6, zorder=1)
     looks = zip(shares, (BLUE, ORANGE, VERMILLION), ("o", "D", "s"), strict=False)
@@ -164,7 +169,8 @@ def plot_split_shift(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log")
     ax.set_yticks(rows, _readable(table.index))
     ticks = [t for t in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if _within(t, shares)]
-    ax.set_xticks(ticks, [_percent(t) for t in ticks])
+    ticks = [t for t in ticks if not lacking or t > 1.5 * nothing]
+    ax.set_xticks([nothing] * lacking + ticks, ["0%"] * lacking + [_percent(t) for t in ticks])
     ax.minorticks_off()
     ax.legend(frameon=False, loc="lower right", title="split")
     _dress(ax, "How common each finding is, by split", xlabel="share of the split's images (log scale)", grid="x")
@@ -195,21 +201,28 @@ def plot_radiographs(
     width = min(WIDTH, 3.2 * columns)
     side = width / columns
     letters = max(8, int(side * 13.5))
-    texts = ["\n".join(fill(line, letters) for line in str(title).split("\n")) for title in titles]
+    named = [re.sub(r"(?<=[a-z])_(?=[A-Z])", " ", str(title)) for title in titles]  # Pleural_Thickening
+    texts = ["\n".join(fill(line, letters) for line in title.split("\n")) for title in named]
     height = rows * (side + 0.17 * max(text.count("\n") + 1 for text in texts))
     axes = _panels(None, len(images), columns=columns, width=width, height=height)
     for index, (panel, image, text) in enumerate(zip(axes, images, texts, strict=True)):
         pixels = np.asarray(image)
-        panel.imshow(pixels.squeeze() if pixels.ndim == 3 else pixels, cmap="gray", vmin=0, vmax=255)
+        pixels = pixels[..., 0] if pixels.ndim == 3 else pixels
+        panel.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         panel.set_title(text, fontsize=9, color=INK, pad=3)
         panel.set_axis_off()
+        taken = []
         for x, y, box_width, box_height, name in boxes[index] if boxes is not None else ():
             panel.add_patch(Rectangle((x, y), box_width, box_height, fill=False, color=ORANGE, linewidth=1.5))
             inside = y < 0.08 * pixels.shape[0]  # no room above the box
             right = x > 0.6 * pixels.shape[1]  # no room to the right of its corner
+            corner = (x + box_width if right else x, y)
+            # Boxes often share a corner; then the later name hangs from the lower edge.
+            hidden = any(np.abs(np.subtract(corner, other) / pixels.shape[::-1]).max() < 0.08 for other in taken)
+            taken.append(corner)
             panel.text(
-                x + box_width if right else x, y, _readable([name])[0], fontsize=8, color="black",
-                ha="right" if right else "left", va="top" if inside else "bottom",
+                corner[0], y + box_height if hidden else y, _readable([name])[0], fontsize=8, color="black",
+                ha="right" if right else "left", va="top" if inside or hidden else "bottom",
                 bbox={"facecolor": ORANGE, "edgecolor": "none", "pad": 1},
             )  # fmt: skip
     return axes
