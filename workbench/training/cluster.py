@@ -165,7 +165,7 @@ def start(workers: int, *, threads: int = 0, oversubscribe: bool = False, timeou
         try:
             client = made.start_and_connect_sync()
             told = client[:].apply_async(_introduce).get(timeout=timeout)
-        except (TimeoutError, ipyparallel.error.IPythonParallelError, OSError, RuntimeError) as error:
+        except (TimeoutError, ipyparallel.error.IPythonError, OSError, RuntimeError) as error:
             raise WorkbenchError(_why_not(made, workers, timeout, error)) from None
         # An engine's id is the order in which it registered; its rank is what MPI says.
         engines = sorted(zip([t["rank"] for t in told], client.ids, [t["host"] for t in told], strict=True))
@@ -241,16 +241,16 @@ def _alive(pid: int) -> bool:
 def _told(launcher) -> list[str]:
     """The lines of an engine set's log that are not ipyparallel's own: mpiexec's and the operating system's."""
     path = Path(launcher.output_file)
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()] if path.exists() else []
+    # ipyparallel removes the log of an engine set that has stopped, and keeps its text.
+    text = path.read_text(errors="replace") if path.exists() else launcher.get_output()
+    lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if set(line) - set("-=* ") and "IPEngine" not in line and "Nanny" not in line]
 
 
 def _why_not(made: ipyparallel.Cluster, workers: int, timeout: float, error: Exception) -> str:
-    said = " ".join(_told(made.engine_set))[-400:] if made.engine_set is not None else ""
-    return (
-        f"The {workers} workers did not start within {timeout:.0f} s ({said or error}): run `workbench doctor`, or "
-        "ask for fewer."
-    )
+    said = " ".join(_told(made.engine_set))[:400] if made.engine_set is not None else ""
+    late = f"did not come up within {timeout:.0f} s" if isinstance(error, TimeoutError) else "did not start"
+    return f"The {workers} workers {late} ({said or error}): run `workbench doctor`, or ask for fewer."
 
 
 def _stop(made: ipyparallel.Cluster, client, processes: list[psutil.Process]) -> None:
