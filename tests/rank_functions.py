@@ -16,7 +16,13 @@ from workbench.training import distributed, network, trainer
 def world():
     """What the rank knows about itself."""
     here = distributed.start()
-    return {"rank": here.rank, "size": here.size, "threads": here.threads, "pid": os.getpid()}
+    return {
+        "rank": here.rank,
+        "size": here.size,
+        "threads": here.threads,
+        "pid": os.getpid(),
+        "cores": sorted(os.sched_getaffinity(0)),
+    }
 
 
 def collectives():

@@ -19,10 +19,27 @@ def start_two():
     return cluster.start(2, threads=1, oversubscribe=True, timeout=120)
 
 
-def test_results_come_in_rank_order_with_a_core_each(ranks):
+def test_results_come_in_rank_order(ranks):
     told = ranks(3).run("rank_functions.world")
     assert [rank["rank"] for rank in told] == [0, 1, 2]
     assert {rank["size"] for rank in told} == {3}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks with cores of their own need two cores")
+def test_each_rank_has_cores_of_its_own_and_as_many_threads():
+    with cluster.start(2, timeout=120) as two:
+        first, second = two.run("rank_functions.world")
+    assert not set(first["cores"]) & set(second["cores"])
+    assert first["threads"] == len(first["cores"]) == len(os.sched_getaffinity(0)) // 2
+
+
+def test_more_threads_than_cores_are_refused():
+    cores = len(os.sched_getaffinity(0))
+    with (
+        pytest.raises(WorkbenchError, match=f"`threads` {cores + 1} is more than"),
+        cluster.start(1, threads=cores + 1),
+    ):
+        pass
 
 
 def test_output_and_progress_arrive_while_it_runs(ranks, capsys):

@@ -1,10 +1,12 @@
 """A configuration is checked before anything starts; schedules are plain arithmetic."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from workbench import WorkbenchError
+from workbench.training import config as config_module
 from workbench.training.config import TrainConfig, better, decay_after
 
 
@@ -15,6 +17,8 @@ def config(**settings):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"network": "AlexNet"}, "`network` is 'AlexNet': it has to be one of DenseNet121"),
+        ({"precision": "int8"}, "`precision` is 'int8'"),
         ({"scaling": "cubic"}, "`scaling` is 'cubic': it has to be one of none, linear, sqrt"),
         ({"best_by": "luck"}, "`best_by` is 'luck'"),
         ({"batch_size": 0}, "`batch_size` is 0: it has to be a whole number above 0"),
@@ -32,9 +36,26 @@ def test_bad_settings_are_one_sentence(settings, said):
 
 
 def test_from_parameters_takes_its_own_and_passes_over_the_rest():
-    made = TrainConfig.from_parameters({"shard_folder": "a", "epochs": 3, "workers": 2}, shard_folder="b")
-    assert (made.shard_folder, made.epochs) == ("b", 3)
-    assert TrainConfig.from_parameters(made.to_parameters()) == TrainConfig(shard_folder="b", epochs=3, findings=[])
+    made = TrainConfig.from_parameters({"shard_folder": "a", "epochs": 3, "workers": 2}, Path("/top"))
+    assert (made.shard_folder, made.epochs) == ("/top/a", 3)
+    assert TrainConfig.from_parameters(made.to_parameters()) == TrainConfig(
+        shard_folder="/top/a", epochs=3, findings=[]
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "where"),
+    [("imagenet", "imagenet"), ("none", "none"), ("", ""), ("a/b.keras", "/top/a/b.keras"), ("/c.keras", "/c.keras")],
+)
+def test_weights_are_a_name_or_a_path_from_the_root(weights, where):
+    made = TrainConfig.from_parameters({"shard_folder": "/shards", "weights": weights}, Path("/top"))
+    assert (made.weights, made.shard_folder) == (where, "/shards")
+
+
+def test_the_networks_named_are_those_there_are():
+    from workbench.training.network import NETWORKS
+
+    assert tuple(NETWORKS) == config_module.NETWORKS
 
 
 @pytest.mark.parametrize(("scaling", "rate"), [("none", 0.1), ("linear", 0.4), ("sqrt", 0.2)])
@@ -67,6 +88,7 @@ def test_the_rate_falls_when_the_loss_has_stopped_falling():
     assert decay_after(rows(1.0, 0.99995), **fall) == pytest.approx(0.1)
     assert decay_after(rows(1.0, 1.1, 1.2), factor=0.1, patience=2) == pytest.approx(0.1)
     assert decay_after(rows(1.0, 1.1, 1.2), factor=0.1, patience=0) == 1
+    assert decay_after(rows(math.nan, math.nan, math.nan), **fall) == 1
 
 
 def test_the_best_epoch_is_that_of_the_criterion():

@@ -1,5 +1,8 @@
 """The network: what goes in, what comes out, and that what is saved is plain Keras."""
 
+import sys
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import tensorflow as tf
 
 from workbench import WorkbenchError
 from workbench.training import network
+from workbench.training.config import PRECISIONS
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def test_uint8_in_probabilities_out(name, radiographs):
     assert ((scores > 0) & (scores < 1)).all()
 
 
-@pytest.mark.parametrize("precision", network.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_precision_is_that_of_the_layers_and_the_scores_stay_float32(precision, radiographs):
     model = network.build_network("Tiny", findings=2, image_size=32, weights=None, precision=precision)
     assert (
@@ -98,6 +102,17 @@ def test_bad_settings_are_one_sentence(settings, said):
     chosen = {"name": "Tiny", "findings": 2, "image_size": 32, "weights": None} | settings
     with pytest.raises(WorkbenchError, match=said):
         network.build_network(chosen.pop("name"), **chosen)
+
+
+def test_imagenet_weights_that_cannot_be_fetched_are_a_sentence(monkeypatch):
+    def offline(*_, **__):
+        raise Exception("URL fetch failure on https://example.org/weights.h5: None -- timed out")  # as Keras does
+
+    for module in [name for name in sys.modules if name.endswith("applications.vgg16")]:
+        monkeypatch.setattr(sys.modules[module], "file_utils", types.SimpleNamespace(get_file=offline), raising=False)
+    said = r"The ImageNet weights of VGG16 cannot be had \(URL fetch failure.*\): go online once"
+    with pytest.raises(WorkbenchError, match=said):
+        network.build_network("VGG16", findings=2, image_size=32, weights="imagenet")
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

@@ -106,11 +106,20 @@ def test_all_runs_as_a_table(tmp_path):
     assert (row["run"], row["minutes"], row["workers"], row["mean_auroc"]) == ("first", 6.5, 2, 0.81)
 
 
-def test_a_broken_record_is_one_sentence(tmp_path):
+def test_a_broken_record_is_one_sentence_and_hides_no_other_run(tmp_path):
     folder = runs.create_run(tmp_path, "first")
     (folder / "run.json").write_text(json.dumps({"name": "first"})[:-4])
     with pytest.raises(WorkbenchError, match=r"run\.json cannot be read"):
         runs.read_run(folder)
+    runs.create_run(tmp_path, "second")
+    assert runs.list_runs(tmp_path).set_index("run")["status"].to_dict() == {"first": "unreadable", "second": "running"}
+
+
+def test_minutes_are_those_of_the_stages(tmp_path):
+    day_after = {"started": "2026-01-01T00:00:00+00:00", "ended": "2026-01-02T00:00:00+00:00"}
+    assert runs.minutes(day_after | {"stages": {"01": {"seconds": 60.0}, "02": {"seconds": 30.0}}}) == 1.5
+    assert runs.minutes(day_after | {"stages": {}}) == 24 * 60
+    assert runs.minutes(day_after | {"ended": None}) is None
 
 
 def test_save_figure_takes_axes_arrays_and_figures(tmp_path):

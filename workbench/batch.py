@@ -21,10 +21,12 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from workbench import WorkbenchError, runs
+from workbench.training.config import TrainConfig
 
 # What each notebook is for, as the progress line says it.
 STAGES = {
@@ -71,8 +73,7 @@ def resume_run(root: Path, name: str, *, overrides: Mapping[str, Any] | None = N
     folder = runs.find_run(root, name)
     record = runs.read_run(folder)
     parameters = check_parameters(root, record["parameters"] | dict(overrides or {}), where=f"the run {name}")
-    finished = [stage for stage, told in record["stages"].items() if told["status"] == "finished"]
-    left = next((stage for stage in STAGES if stage not in finished), None)
+    left = next((stage for stage, told in record["stages"].items() if told["status"] != "finished"), None)
     if not first and left is None:
         raise WorkbenchError(f"The run `{name}` is finished: nothing is left to resume, unless you say --from STAGE.")
     runs.update_run(folder, status="running", ended=None, parameters=parameters)
@@ -136,10 +137,18 @@ def check_parameters(root: Path, chosen: Mapping[str, Any], *, where: str) -> di
         expected = type(defaults[name])
         value = checked[name] = _number(value) if expected is float else value
         fits = isinstance(value, expected) or (expected is float and isinstance(value, int))
+        if fits and expected is list and defaults[name]:
+            fits = bool(value) and all(type(item) is type(defaults[name][0]) for item in value)
         if not fits or (isinstance(value, bool) and expected is not bool):
             raise WorkbenchError(
                 f"`{name}` of {where} is {value!r}: expected {_kind(expected)}, such as {defaults[name]!r}."
             )
+    # What the training would refuse is refused before the shards are written.
+    if defaults.keys() >= {"shard_folder", "workers"}:
+        TrainConfig.from_parameters(defaults | checked)
+        for name in ("workers", "measured_steps"):
+            if (defaults | checked)[name] < 1:
+                raise WorkbenchError(f"`{name}` of {where} is {(defaults | checked)[name]}: it has to be 1 or more.")
     return defaults | checked
 
 
@@ -170,6 +179,9 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> P
     # The kernel of this environment, whatever kernels the user has installed elsewhere.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     known = known_parameters(root)
+    done = runs.read_run(folder)["stages"]
+    planned = {stage: {"status": "planned", "seconds": 0.0} for stage in stages}
+    runs.update_run(folder, stages={name: (done | planned)[name] for name in STAGES if name in done | planned})
     print(f"run {folder.name}: {len(stages)} notebooks, into {folder}", flush=True)
     for stage in stages:
         number = list(STAGES).index(stage) + 1
@@ -177,7 +189,7 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> P
         given = {name: parameters[name] for name in known[stage] if name in parameters}
         given |= {"run": folder.name}
         if "resume" in known[stage]:
-            given["resume"] = (folder / "checkpoint").exists()
+            given["resume"] = (folder / "checkpoint" / "last.npz").exists()
         began = time.monotonic()
         try:
             _execute_notebook(root, folder, stage, given)
@@ -185,14 +197,33 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> P
             stopped = isinstance(error, KeyboardInterrupt)
             told = {"status": "interrupted" if stopped else "failed", "seconds": round(time.monotonic() - began, 1)}
             runs.update_run(folder, status=told["status"], ended=runs.now(), stages={stage: told})
-            if not isinstance(error, PapermillExecutionError):
+            if not isinstance(error, PapermillExecutionError | DeadKernelError):
                 raise
             raise WorkbenchError(_failure(folder, stage, error)) from None
         seconds = round(time.monotonic() - began, 1)
         runs.update_run(folder, stages={stage: {"status": "finished", "seconds": seconds}})
         print(f"[{number}/{len(STAGES)}] {stage}: done in {seconds:.0f} s", flush=True)
     runs.update_run(folder, status="finished", ended=runs.now())
+    write_report(folder)
     return folder
+
+
+def write_report(folder: Path) -> None:
+    """Write `report.html`: the executed notebooks on one page that opens anywhere, text and charts without code."""
+    from nbconvert import HTMLExporter  # slow to import, and needed once
+
+    report = None
+    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        if report is None:
+            report = notebook
+        else:
+            report.cells += notebook.cells
+    if report is not None:
+        exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+        page, _ = exporter.from_notebook_node(report, resources={"metadata": {"name": f"{folder.name}: report"}})
+        with runs.written_whole(folder / "report.html") as part:
+            part.write_text(page)
 
 
 def _execute_notebook(root: Path, folder: Path, stage: str, given: dict) -> None:
@@ -256,7 +287,9 @@ def _from(first: str) -> list[str]:
     return list(STAGES)[list(STAGES).index(matching[0]) :]
 
 
-def _failure(folder: Path, stage: str, error: PapermillExecutionError) -> str:
+def _failure(folder: Path, stage: str, error: PapermillExecutionError | DeadKernelError) -> str:
+    if isinstance(error, DeadKernelError):
+        error.ename, error.evalue = "WorkbenchError", "its kernel died, perhaps for lack of memory"
     said = str(error.evalue).strip().rstrip(".") or error.ename
     if not error.ename.endswith(("WorkbenchError", "WorkerError")):
         said = f"{error.ename}: {said}"

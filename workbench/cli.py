@@ -7,6 +7,7 @@ workbench runs
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from workbench import WorkbenchError, __version__
@@ -15,6 +16,8 @@ from workbench import WorkbenchError, __version__
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for an error told in a sentence, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
+    # A job that a batch system ends is ended as Ctrl-C would: recorded, with nothing left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return options.call(options) or 0
     except WorkbenchError as error:
@@ -41,16 +44,15 @@ def _run(options: argparse.Namespace) -> None:
 def _summarise(folder) -> None:
     from workbench import runs
 
-    row = runs.list_runs(folder.parents[1]).set_index("run").loc[folder.name]
-    metrics = runs.read_metrics(folder).get("test")
-    if metrics:
+    record, metrics = runs.read_run(folder), runs.read_metrics(folder).get("test", {})
+    if metrics.get("mean_auroc") is not None:
         print(
             f"mean test AUROC {metrics['mean_auroc']:.4f} (95 % interval {metrics['ci_low']:.4f} to "
             f"{metrics['ci_high']:.4f}, {metrics['findings']} findings)"
         )
-    if row["images_per_second"] == row["images_per_second"]:
-        print(f"{row['images_per_second']:.1f} images/s in training on {row['workers']:.0f} workers")
-    print(f"{row['minutes']:.1f} minutes in all")
+    if "images_per_second" in record:
+        print(f"{record['images_per_second']:.1f} images/s in training on {record['world_size']} workers")
+    print(f"{runs.minutes(record):.1f} minutes in all; the whole as one page: {folder / 'report.html'}")
     print(folder)
 
 
@@ -61,8 +63,7 @@ def _runs(options: argparse.Namespace) -> None:
     if table.empty:
         print("No runs yet: `workbench run synthetic` makes one.")
         return
-    shown = table.fillna({"workers": 0}).astype({"workers": int})
-    print(shown.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"))
+    print(table.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"))
 
 
 def _doctor(options: argparse.Namespace) -> int:

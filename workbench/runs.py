@@ -197,22 +197,37 @@ def list_runs(root: str | os.PathLike):
     rows = []
     for path in Path(root).glob("results/*/run.json"):
         folder = path.parent
-        record = read_run(folder)
+        try:
+            record, metrics = read_run(folder), read_metrics(folder)
+        except (WorkbenchError, ValueError):
+            record, metrics = {"status": "unreadable"}, {}
         rows.append(
             {
                 "run": folder.name,
                 "recipe": record.get("recipe", ""),
                 "status": record.get("status", ""),
                 "started": record.get("started", ""),
-                "minutes": _minutes(record),
+                "minutes": minutes(record),
                 "workers": record.get("world_size"),
                 "images_per_second": record.get("images_per_second"),
-                "mean_auroc": read_metrics(folder).get("test", {}).get("mean_auroc"),
+                "mean_auroc": metrics.get("test", {}).get("mean_auroc"),
             }
         )
     columns = ["run", "recipe", "status", "started", "minutes", "workers", "images_per_second", "mean_auroc"]
-    table = pd.DataFrame(rows, columns=columns)
-    return table.sort_values("started", ascending=False, ignore_index=True)
+    table = pd.DataFrame(rows, columns=columns).sort_values("started", ascending=False, ignore_index=True)
+    for name in columns[4:]:
+        table[name] = pd.to_numeric(table[name])
+    return table.astype({"workers": "Int64"})
+
+
+def minutes(record: Mapping) -> float | None:
+    """How long a run took: the sum of its stages, or for a run by hand from start to end; None while it runs."""
+    if not record.get("ended"):
+        return None
+    if record.get("stages"):
+        return round(sum(stage["seconds"] for stage in record["stages"].values()) / 60, 1)
+    took = datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["started"])
+    return round(took.total_seconds() / 60, 1)
 
 
 def save_figure(axes, folder: str | os.PathLike | None, name: str) -> None:
@@ -256,10 +271,3 @@ def git_commit(root: str | os.PathLike) -> str | None:
 def now() -> str:
     """The time of day in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _minutes(record: Mapping) -> float | None:
-    if not record.get("ended"):
-        return None
-    took = datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["started"])
-    return round(took.total_seconds() / 60, 1)

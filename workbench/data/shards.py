@@ -11,6 +11,7 @@ findings stand in it in the order of the labels. Batches are made of shards by `
     images, rows = shards.read_examples("data/shards/nih-256", "test", 8)
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -446,4 +447,7 @@ def _import_tensorflow():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
+    # A notebook that looks at shards must not take the GPU's memory from the workers that train.
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], "GPU")
     return tf

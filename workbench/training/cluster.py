@@ -10,6 +10,7 @@ ranks, which is not that of ipyparallel's engine ids. The client imports no Tens
 
 from __future__ import annotations
 
+import collections
 import importlib
 import logging
 import os
@@ -36,7 +37,7 @@ ENGINE_ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     # Without this a waiting rank spins on the core that another thread computes on: 60 % of the speed.
     "OMPI_MCA_mpi_yield_when_idle": "1",
-    # Horovod: a rank that never comes ends the wait, and Horovod's message says which one it was.
+    # Horovod: a rank that never comes ends the wait for it.
     "HOROVOD_STALL_CHECK_TIME_SECONDS": "60",
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "600",
     "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -85,12 +86,15 @@ class Workers:
         """
         call = (function, args, kwargs, watch is not None)
         pending = {rank: self._client[engine].apply_async(_call, *call) for rank, engine in enumerate(self._engine_ids)}
-        waiting, seen, shown = dict(pending), None, dict.fromkeys(pending, 0)
+        waiting, seen, shown = dict(pending), None, collections.Counter()
         while waiting:
-            # Looked at before the results, so that what is still on its way when all are done is not lost.
             done = {rank: result for rank, result in waiting.items() if result.ready()}
-            for rank, result in pending.items():
-                shown[rank] += _show_output(rank, result.stdout[shown[rank] :], final=rank in done)
+            for rank, result in waiting.items():
+                if rank in done:
+                    result.wait_for_output(2)  # it comes by another way than the result, and may come later
+                for stream in ("stdout", "stderr"):
+                    text = getattr(result, stream)[shown[rank, stream] :]
+                    shown[rank, stream] += _show_output(rank, text, final=rank in done)
             progress = dict(pending[0].data or {}).get("progress")
             if watch and progress and progress != seen:
                 seen = progress
@@ -141,11 +145,13 @@ def start(workers: int, *, threads: int = 0, oversubscribe: bool = False, timeou
         WorkbenchError: the machine has not that many cores, or the ranks did not come up in time.
     """
     cores = len(os.sched_getaffinity(0))
+    if threads > cores and not oversubscribe:
+        raise WorkbenchError(f"`threads` {threads} is more than the {cores} cores of this machine: use 0 to {cores}.")
     if workers < 1 or (workers * max(threads, 1) > cores and not oversubscribe):
         each = f" of {threads} cores each" if threads > 1 else ""
         raise WorkbenchError(
             f"`workers` {workers}{each} cannot be started on this machine with {cores} cores: ask for "
-            f"1 to {max(1, cores // max(threads, 1))}."
+            f"1 to {cores // max(threads, 1)}."
         )
     folder = tempfile.mkdtemp(prefix="workbench-cluster-")
     made = ipyparallel.Cluster(
@@ -189,8 +195,10 @@ def _launch_config(cores: int, workers: int, threads: int, oversubscribe: bool) 
     if workers * each > cores:
         config.MPIEngineSetLauncher.mpi_args = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     else:
-        # Horovod: every rank gets its own cores; `distributed.start` takes as many threads.
-        config.MPIEngineSetLauncher.mpi_args = ["--map-by", f"slot:PE={each}", "--bind-to", "core"]
+        # Horovod: every rank gets its own cores; `distributed.start` takes as many threads. Hardware threads are
+        # what the affinity mask counts, so Open MPI is told to count them too.
+        bound = ["--use-hwthread-cpus", "--map-by", f"slot:PE={each}", "--bind-to", "hwthread"]
+        config.MPIEngineSetLauncher.mpi_args = bound
     config.MPIEngineSetLauncher.environment = ENGINE_ENVIRONMENT
     config.LocalControllerLauncher.controller_cmd = [*guard, sys.executable, "-m", "ipyparallel.controller"]
     return config

@@ -9,9 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from workbench import WorkbenchError
 
+NETWORKS = (
+    "DenseNet121",
+    "DenseNet169",
+    "DenseNet201",
+    "ResNet50",
+    "ResNet101",
+    "VGG16",
+    "MobileNetV2",
+    "Tiny",
+)
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 SCALINGS = ("none", "linear", "sqrt")
 COMPRESSIONS = ("none", "fp16")
 CRITERIA = ("auroc", "loss")
@@ -64,6 +76,8 @@ class TrainConfig:
     threads: int = 0
 
     def __post_init__(self):
+        _require(self.network in NETWORKS, "network", self.network, f"one of {', '.join(NETWORKS)}")
+        _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         _require(self.scaling in SCALINGS, "scaling", self.scaling, f"one of {', '.join(SCALINGS)}")
         _require(self.compression in COMPRESSIONS, "compression", self.compression, f"one of {', '.join(COMPRESSIONS)}")
         _require(self.best_by in CRITERIA, "best_by", self.best_by, f"one of {', '.join(CRITERIA)}")
@@ -79,10 +93,18 @@ class TrainConfig:
         _require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "0 or more")
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping, **replaced) -> TrainConfig:
-        """The config whose fields are taken by name from a notebook's parameters; other names are passed over."""
+    def from_parameters(cls, parameters: Mapping, root: Path = Path()) -> TrainConfig:
+        """The config whose fields are taken by name from a notebook's parameters; other names are passed over.
+
+        Args:
+            parameters: names and values, such as a notebook's `globals()` or a run's record.
+            root: where relative paths among them start.
+        """
         chosen = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters}
-        return cls(**chosen | replaced)
+        paths = {"shard_folder": str(root / chosen["shard_folder"])}
+        if chosen.get("weights", "none") not in ("imagenet", "none", ""):
+            paths["weights"] = str(root / chosen["weights"])
+        return cls(**chosen | paths)
 
     def to_parameters(self) -> dict:
         """The fields as a dictionary of plain values, for a run's record."""
@@ -116,6 +138,9 @@ def decay_after(history: Sequence[dict], *, factor: float, patience: int) -> flo
     """
     decay, lowest, waited = 1.0, math.inf, 0
     for row in history:
+        # An epoch without a loss to compare says nothing about a plateau.
+        if math.isnan(row["val_loss"]):
+            continue
         if row["val_loss"] < lowest - 1e-4:
             lowest, waited = row["val_loss"], 0
         else:

@@ -62,9 +62,13 @@ def start(threads: int = 0) -> World:
         _hvd = hvd
         world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), threads)
     gpus = tf.config.list_physical_devices("GPU")
+    if 0 < len(gpus) < world.local_size:
+        raise WorkbenchError(
+            f"{world.local_size} workers on a host with {len(gpus)} GPUs: ask for at most {len(gpus)} `workers` a host."
+        )
     if gpus:
         # Horovod: one GPU per rank on each host, and only the memory it comes to need.
-        gpu = gpus[world.local_rank % len(gpus)]
+        gpu = gpus[world.local_rank]
         tf.config.set_visible_devices(gpu, "GPU")
         tf.config.experimental.set_memory_growth(gpu, True)
     _world = world

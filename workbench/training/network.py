@@ -19,6 +19,7 @@ import keras
 import tensorflow as tf
 
 from workbench import WorkbenchError
+from workbench.training.config import PRECISIONS
 
 # Mean and variance, per channel and on the scale 0..255, that keras.applications' ImageNet weights expect.
 _TORCH = ([123.675, 116.28, 103.53], [58.395**2, 57.12**2, 57.375**2])
@@ -45,7 +46,6 @@ NETWORKS: dict[str, tuple[Callable, tuple]] = {
     "MobileNetV2": (keras.applications.MobileNetV2, _SYMMETRIC),
     "Tiny": (_tiny, _TORCH),
 }
-PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
 def build_network(
@@ -86,25 +86,14 @@ def build_network(
         grey = keras.layers.Rescaling(1.0, dtype="float32", name="to_float")(radiographs)
         colour = keras.layers.Concatenate(dtype="float32", name="grey_to_rgb")([grey, grey, grey])
         normal = keras.layers.Normalization(mean=mean, variance=variance, dtype="float32", name="imagenet_scale")
-        features = family(
-            include_top=False,
-            weights="imagenet" if from_imagenet else None,
-            input_tensor=normal(colour),
-            pooling="avg",
-        )
+        features = family(include_top=False, weights=None, input_tensor=normal(colour), pooling="avg")
         head = keras.layers.Dense(findings, activation="sigmoid", dtype="float32", name="findings")
-        scores = head(features.output)
-        model = keras.Model(radiographs, scores, name=name)
-    except (OSError, ValueError) as error:
-        if not from_imagenet:
-            raise
-        raise WorkbenchError(
-            f"The ImageNet weights of {name} cannot be had ({_first_line(error)}): go online once, or give "
-            "`weights` a local file, or none for a random start."
-        ) from None
+        model = keras.Model(radiographs, head(features.output), name=name)
     finally:
         keras.config.set_dtype_policy(previous)
-    if weights and not from_imagenet:
+    if from_imagenet:
+        features.set_weights(_imagenet_weights(name))
+    elif weights:
         _load_local(model, features, Path(weights))
     return _with_batch_norm(model, FusedBatchNormalization)
 
@@ -159,6 +148,17 @@ def _with_batch_norm(model: keras.Model, kind: type) -> keras.Model:
     copy = keras.models.clone_model(model, clone_function=clone)
     copy.set_weights(model.get_weights())
     return copy
+
+
+def _imagenet_weights(name: str) -> list:
+    """The weights of keras.applications' own network, which downloads them once."""
+    try:
+        return NETWORKS[name][0](include_top=False, weights="imagenet", pooling="avg").get_weights()
+    except Exception as error:  # Keras raises a bare Exception when a download fails
+        raise WorkbenchError(
+            f"The ImageNet weights of {name} cannot be had ({_first_line(error)}): go online once, or give `weights` a "
+            "local file, or none for a random start."
+        ) from None
 
 
 def _load_local(model: keras.Model, features: keras.Model, path: Path) -> None:

@@ -61,12 +61,12 @@ def render(progress: dict, *, seconds: float) -> str:
     history, epochs = progress["history"], progress.get("epochs", 0)
     done = len(history)
     share = progress["step"] / progress["steps"] if progress.get("phase") == "training" else 0.0
-    parts = [f"<b>{progress.get('phase', 'epoch finished')}</b>, {_duration(seconds)} so far"]
+    parts = [f"<b>{progress.get('phase', '')}</b>, {_duration(seconds)} so far"]
     if progress.get("phase") == "training":
         parts.append(_step_line(progress))
     if history and epochs > done:
-        each = sum(row["seconds"] for row in history) / done
-        parts.append(f"about {_duration(each * (epochs - done - share))} of training left")
+        # The last epoch tells best what the next will take; the first holds the compilation.
+        parts.append(f"about {_duration(history[-1]['seconds'] * (epochs - done - share))} of training left")
     bars = _bar("epochs", done + share, epochs) + (_bar("this epoch", share, 1) if share else "")
     return f"<div>{' · '.join(parts)}{bars}{_table(history)}</div>"
 
@@ -83,9 +83,10 @@ def _table(history: list[dict]) -> str:
         return ""
     head = "".join(f"<th>{name}</th>" for name in ("epoch", "loss", "val loss", "val AUROC", "rate", "images/s", "s"))
     rows = ""
+    best = max((row["epoch"] for row in history if row["best"]), default=0)
     for row in history:
         cells = (
-            f"{row['epoch']}{' ★' if row['best'] else ''}",
+            f"{row['epoch']}{' ★' if row['epoch'] == best else ''}",
             f"{row['loss']:.4f}",
             f"{row['val_loss']:.4f}",
             f"{row['val_auroc']:.4f}",

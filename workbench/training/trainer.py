@@ -10,7 +10,6 @@ predictions are gathered and the metric is computed once, on the same numbers, b
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import socket
@@ -27,8 +26,8 @@ from sklearn.metrics import roc_auc_score
 
 from workbench import WorkbenchError
 from workbench.data import pipeline, shards
-from workbench.runs import update_run, written_whole
-from workbench.training import distributed, network
+from workbench.runs import now, update_run, written_whole
+from workbench.training import checkpoint, distributed, network
 from workbench.training.config import TrainConfig, better, decay_after
 
 Report = Callable[[dict], None]
@@ -59,26 +58,34 @@ def train(
     folder, world = Path(run_folder), distributed.start(config.threads)
     info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
     train_images = info["splits"]["train"]["images"]
+    _check_validation(config, info)
     # Asked before anything is built: the error about too few images should come at once.
     steps = pipeline.steps_per_epoch(train_images, batch_size=config.batch_size, size=world.size)
     tell = report if report and world.rank == 0 else lambda progress: None
     tell({"phase": "building the network"})
     model, optimizer = _build(config, len(info["findings"]), world)
     history, best, best_weights = [], None, None
+    belongs_to = f"{config.network} in {config.precision}, {config.image_size} px, {', '.join(info['findings'])}"
     if resume:
-        history, best_weights = _restore(folder, model, optimizer)
-        best = next((row for row in reversed(history) if row["best"]), None)
+        history, best_weights = checkpoint.restore(folder, belongs_to, model, optimizer)
+        best = next(row for row in reversed(history) if row["best"])
+        for row in history:
+            tell({"history": row, "epoch": row["epoch"], "epochs": config.epochs})
     train_step, predict_step = build_train_step(model, optimizer), build_predict_step(model)
+    tell({"phase": "compiling the first step", "epoch": len(history) + 1, "epochs": config.epochs})
     began = time.perf_counter()
     for epoch in range(len(history), config.epochs):
         if _should_stop(config, history):
             break
         decay = decay_after(history, factor=config.plateau_factor, patience=config.plateau_patience)
         row = _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell)
-        tell({"phase": "validating", "epoch": epoch + 1, "epochs": config.epochs})
+        tell({"phase": "validating"})
         # Horovod: each rank's moving statistics come from its own batches.
         distributed.average_batch_statistics(model)
         labels, scores, _ = predict(predict_step, config, "val", world)
+        if not np.isfinite(scores).all():
+            # The loss is that of before the step, so it cannot see what the last one did to the weights.
+            raise _not_finite("The weights", steps, epoch, world.rank)
         row |= {"val_loss": binary_crossentropy(labels, scores), "val_auroc": mean_auroc(labels, scores)}
         row["best"] = int(better(config.best_by, row, best))
         history.append(row)
@@ -86,7 +93,12 @@ def train(
             best, best_weights = row, [np.array(value) for value in model.get_weights()]
         # Horovod: all ranks hold the same, so one of them writes.
         if world.rank == 0:
-            _write_epoch(folder, history, model, optimizer)
+            checkpoint.write(folder, belongs_to, history, model, optimizer, best_weights)
+            with written_whole(folder / "history.csv") as part:
+                pd.DataFrame(history).to_csv(part, index=False)
+            if row["best"]:
+                with written_whole(folder / "model.keras") as part:
+                    network.plain_copy(model).save(part)
         tell({"history": history[-1], "epoch": epoch + 1, "epochs": config.epochs})
     tell({"phase": "predicting with the best epoch"})
     model.set_weights(best_weights)
@@ -110,7 +122,9 @@ def train(
     }
     if world.rank == 0:
         names = ("world_size", "images_per_second", "best_epoch", "hosts")
-        update_run(folder, **{name: summary[name] for name in names})
+        record = update_run(folder, **{name: summary[name] for name in names})
+        if not record["stages"]:  # a run by hand, which nobody else will call finished
+            update_run(folder, status="finished", ended=now())
     return summary
 
 
@@ -137,6 +151,23 @@ def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3)
     # Horovod: a step ends when its slowest rank does.
     slowest = distributed.gather(np.array([seconds])).max(axis=0)
     return {"world_size": world.size, "images_per_second": (config.batch_size * world.size / slowest).tolist()}
+
+
+def _check_validation(config: TrainConfig, info: dict) -> None:
+    """Refuse what would leave the choice of the best epoch to nothing."""
+    images = shards.read_images(config.shard_folder)
+    positives = images.loc[images["split"] == "val", info["findings"]]
+    if positives.empty:
+        raise WorkbenchError(
+            f"The shards in {config.shard_folder} have no validation images, by which the best epoch is chosen: write "
+            "them with a `validation_fraction` above 0."
+        )
+    if config.best_by == "auroc" and not ((positives.sum() > 0) & (positives.sum() < len(positives))).any():
+        raise WorkbenchError(
+            f"None of {', '.join(info['findings'])} has both positives and negatives among the {len(positives)} "
+            "validation images, so there is no AUROC to choose the best epoch by: set `best_by` to loss, or write "
+            "shards with another `seed` or a larger `validation_fraction`."
+        )
 
 
 def build_train_step(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Callable:
@@ -181,7 +212,7 @@ def predict(
     )
     findings = len(shards.read_info(config.shard_folder)["findings"])
     labels, scores, rows = [np.zeros((0, findings), np.float32)], [np.zeros((0, findings), np.float32)], []
-    for radiographs, truth, where in batches:
+    for radiographs, truth, where in _whole(batches, config.shard_folder):
         scores.append(predict_step(radiographs).numpy())
         labels.append(truth.numpy())
         rows.extend(where.numpy())
@@ -260,7 +291,7 @@ def _build(config: TrainConfig, findings: int, world: distributed.World):
 
 def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell) -> dict:
     """One epoch over this rank's slice; returns the history row without its validation columns."""
-    batches = iter(_training_batches(config, epoch, world))
+    batches = _whole(_training_batches(config, epoch, world), config.shard_folder)
     # Horovod: the rate may grow with the number of workers, since the global batch does.
     rate = config.base_rate(world.size) * decay
     began = told = time.perf_counter()
@@ -319,6 +350,17 @@ def _training_batches(config: TrainConfig, epoch: int, world: distributed.World)
     )
 
 
+def _whole(batches: tf.data.Dataset, folder: str):
+    """The batches one by one; a record that fails its checksum becomes a sentence."""
+    try:
+        yield from batches
+    except tf.errors.DataLossError as error:
+        raise WorkbenchError(
+            f"A shard in {folder} is damaged ({error.message.split(' [')[0]}): notebook 02 finds out which; delete the "
+            "folder and write the shards again."
+        ) from None
+
+
 def _endless(config: TrainConfig, world: distributed.World):
     epoch = 0
     while True:
@@ -333,10 +375,14 @@ def set_learning_rate(optimizer: keras.optimizers.Optimizer, rate: float) -> Non
 
 def _check_finite(loss, epoch: int, step: int, rank: int) -> None:
     if not math.isfinite(float(loss)):
-        raise WorkbenchError(
-            f"The loss became {float(loss)} in step {step + 1} of epoch {epoch + 1} on rank {rank}: lower "
-            "`learning_rate`, add `warmup_epochs`, or use `precision` float32."
-        )
+        raise _not_finite("The loss", step + 1, epoch, rank)
+
+
+def _not_finite(what: str, step: int, epoch: int, rank: int) -> WorkbenchError:
+    return WorkbenchError(
+        f"{what} became infinite or not a number in step {step} of epoch {epoch + 1} on rank {rank}: lower "
+        "`learning_rate`, add `warmup_epochs`, or use `precision` float32."
+    )
 
 
 def _should_stop(config: TrainConfig, history: list[dict]) -> bool:
@@ -344,32 +390,3 @@ def _should_stop(config: TrainConfig, history: list[dict]) -> bool:
         return False
     best = max((i for i, row in enumerate(history) if row["best"]), default=0)
     return len(history) - 1 - best >= config.early_stop_patience
-
-
-def _write_epoch(folder: Path, history: list[dict], model, optimizer) -> None:
-    if history[-1]["best"]:
-        with written_whole(folder / "model.keras") as part:
-            network.plain_copy(model).save(part)
-    (folder / "checkpoint").mkdir(exist_ok=True)
-    # One file, so that history, weights and optimizer cannot come from different epochs.
-    state = {f"model_{i:04d}": np.array(v) for i, v in enumerate(model.variables)}
-    state |= {f"optimizer_{i:04d}": np.array(v) for i, v in enumerate(optimizer.variables)}
-    with written_whole(folder / "checkpoint" / "last.npz") as part:
-        np.savez(part, history=np.array(json.dumps(history)), **state)
-    with written_whole(folder / "history.csv") as part:
-        pd.DataFrame(history).to_csv(part, index=False)
-
-
-def _restore(folder: Path, model, optimizer) -> tuple[list[dict], list[np.ndarray] | None]:
-    """Load the checkpoint into model and optimizer; returns the history and the best epoch's weights."""
-    path = folder / "checkpoint" / "last.npz"
-    if not path.exists():
-        raise WorkbenchError(f"There is nothing to resume: {path} does not exist, no epoch was completed.")
-    # allow_pickle stays off: a checkpoint must not run code.
-    with np.load(path) as state:
-        history = json.loads(str(state["history"]))
-        for kind, variables in (("model", model.variables), ("optimizer", optimizer.variables)):
-            for i, variable in enumerate(variables):
-                variable.assign(state[f"{kind}_{i:04d}"])
-    best = keras.models.load_model(folder / "model.keras", compile=False, safe_mode=True)
-    return history, best.get_weights()
