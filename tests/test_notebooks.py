@@ -143,25 +143,117 @@ def test_a_notebook_runs_by_itself_with_nothing_but_smaller_values(finished, pro
         assert any("val AUROC" in str(output["data"].get("text/html", "")) for output in panels)
 
 
+@pytest.fixture
+def spoilt(project, finished, tmp_path):
+    """Copies of the data set and of the shards, to be broken in one way or another."""
+    data, stored = tmp_path / "data", tmp_path / "shards"
+    shutil.copytree(project / "data" / "synthetic", data)
+    shutil.copytree(project / "data" / "shards" / "synthetic", stored)
+    return data, stored
+
+
+def without_a_column(data, stored):
+    table = data / "Data_Entry_2017_v2020.csv"
+    table.write_text(table.read_text().replace("Patient ID", "Patient Number"))
+    return {}
+
+
+def a_patient_on_two_sides(data, stored):
+    table = pd.read_csv(data / "Data_Entry_2017_v2020.csv")
+    shared = table[table["Patient ID"].duplicated(keep=False)]["Image Index"].iloc[:2]
+    for split, names in (
+        ("train", [shared.iloc[0]]),
+        ("val", [shared.iloc[1]]),
+        ("test", table["Image Index"].iloc[-1:]),
+    ):
+        (data / f"{split}.txt").write_text("\n".join(names))
+    return {"split": "lists", "train_list": "train.txt", "val_list": "val.txt", "test_list": "test.txt"}
+
+
+def a_truncated_image(data, stored):
+    image = sorted((data / "images").iterdir())[7]
+    image.write_bytes(image.read_bytes()[:500])
+    return {"shard_folder": str(stored.with_name("new"))}
+
+
+def a_truncated_shard(data, stored):
+    shard = sorted(stored.glob("train-*"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return {}
+
+
+def shards_of_other_findings(data, stored):
+    return {"findings": ["Edema"]}
+
+
+def a_folder_that_cannot_be_written(data, stored):
+    return {"shard_folder": "/proc/shards"}
+
+
 @pytest.mark.parametrize(
-    ("settings", "stage", "said"),
+    ("spoil", "stage", "said"),
     [
-        ({"data_folder": "nowhere", "synthetic_patients": 0}, "01", "nowhere"),
-        ({"findings": ["Broken_Rib"]}, "01", "Broken_Rib"),
-        ({"batch_size": 5000}, "03", "fewer than one global batch"),
-        ({"workers": 64}, "03", "`workers` 64 cannot be started on this machine"),
-        ({"network": "AlexNet"}, "03", "There is no network `AlexNet`"),
-        ({"findings": ["Edema"], "from": "03"}, "03", "Edema"),
+        (without_a_column, "01", "Patient ID"),
+        (a_patient_on_two_sides, "01", "patient"),
+        (a_truncated_image, "02", "_00"),
+        (a_folder_that_cannot_be_written, "02", "/proc/shards"),
+        (a_truncated_shard, "03", "train-00000"),
+        (shards_of_other_findings, "03", "Edema"),
     ],
 )
-def test_bad_settings_end_in_one_sentence(finished, project, settings, stage, said):
-    begin = ["--from", settings["from"]] if "from" in settings else []
-    name = f"bad-{abs(hash(str(settings)))}"
-    chosen = {key: value for key, value in settings.items() if key != "from"}
-    told = workbench(project, "run", "synthetic", "--name", name, *begin, **QUICK | chosen)
-    assert told.returncode == 1
-    assert "Traceback" not in told.stderr
-    assert said in told.stderr
+def test_spoilt_data_ends_in_one_sentence(project, spoilt, spoil, stage, said):
+    data, stored = spoilt
+    settings = QUICK | {"data_folder": str(data), "shard_folder": str(stored), "synthetic_patients": 0}
+    settings |= spoil(data, stored)
+    told = workbench(project, "run", "synthetic", "--name", spoil.__name__, "--from", stage, **settings)
+    assert told.returncode == 1, told.stdout
     assert told.stderr.startswith(f"workbench: {stage}_")
+    assert said in told.stderr
+    assert "Traceback" not in told.stdout + told.stderr
     assert told.stderr.count("\n") == 1
-    assert runs.read_run(project / "results" / name)["status"] == "failed"
+    assert runs.read_run(project / "results" / spoil.__name__)["status"] == "failed"
+    assert not (stored.with_name("new") / "info.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"data_folder": "nowhere", "synthetic_patients": 0}, "nowhere"),
+        ({"findings": ["Broken_Rib"]}, "Broken_Rib"),
+        ({"batch_size": 5000}, "fewer than one global batch"),
+        ({"workers": 64, "batch_size": 1}, "`workers` 64 cannot be started on this machine"),
+    ],
+)
+def test_bad_settings_end_in_one_sentence(finished, project, settings, said):
+    name = "bad-" + "-".join(settings)
+    stage = "01" if {"data_folder", "findings"} & set(settings) else "03"
+    told = workbench(project, "run", "synthetic", "--name", name, "--from", stage, **QUICK | settings)
+    assert told.returncode == 1
+    assert told.stderr.startswith(f"workbench: {stage}_")
+    assert said in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"network": "AlexNet"}, "`network` is 'AlexNet'"),
+        ({"workers": 0}, "`workers` of synthetic is 0: it has to be 1 or more"),
+        ({"epoch": 3}, "`epoch` of synthetic is no parameter (did you mean `epochs`?)"),
+        ({"worker_counts": ["two"]}, "`worker_counts` of synthetic is ['two']: expected a list"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_a_run_is_made(project, settings, said):
+    told = workbench(project, "run", "synthetic", "--name", "never", **settings)
+    assert told.returncode == 1
+    assert said in told.stderr
+    assert told.stderr.count("\n") == 1
+    assert not (project / "results" / "never").exists()
+
+
+def test_the_report_is_one_page_of_all_five(finished):
+    _, folder = finished
+    page = (folder / "report.html").read_text()
+    for title in ("1 · Explore", "2 · ", "3 · Train", "4 · Evaluate", "5 · Scaling"):
+        assert title in page
+    assert page.count("data:image/png;base64") >= 10

@@ -235,8 +235,8 @@ def _execute_notebook(root: Path, folder: Path, stage: str, given: dict) -> None
         kernel_name="python3",
         engine_name="announcing",
         progress_bar=False,
-        # Its warning about the loopback transport would head every notebook's output.
-        extra_arguments=["--log-level=ERROR"],
+        # What the kernel's own log says (its transport, the interrupt at its end) is nothing to the reader.
+        extra_arguments=["--log-level=CRITICAL"],
         stdout_file=_Indented(sys.stdout),
     )
 
