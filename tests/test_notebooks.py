@@ -55,6 +55,7 @@ def finished(project):
     """A run of the recipe `synthetic` through all five notebooks, with the quick settings."""
     told = workbench(project, "run", "synthetic", "--name", "quick", **QUICK)
     assert told.returncode == 0, told.stdout + told.stderr
+    assert told.stderr == ""
     return told.stdout, project / "results" / "quick"
 
 
@@ -257,3 +258,5 @@ def test_the_report_is_one_page_of_all_five(finished):
     for title in ("1 · Explore", "2 · ", "3 · Train", "4 · Evaluate", "5 · Scaling"):
         assert title in page
     assert page.count("data:image/png;base64") >= 10
+    assert "plateau_patience" in page
+    assert "read_csv" not in page  # the code itself stays in the notebooks

@@ -209,18 +209,22 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> P
 
 
 def write_report(folder: Path) -> None:
-    """Write `report.html`: the executed notebooks on one page that opens anywhere, text and charts without code."""
+    """Write `report.html`: the executed notebooks on one page that opens anywhere; of the code only the parameters."""
     from nbconvert import HTMLExporter  # slow to import, and needed once
 
     report = None
     for path in sorted((folder / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            cell.id = f"{path.stem}-{cell.id}"[:64]  # unique on the page as well
+            shown = "injected-parameters" in cell.metadata.get("tags", [])
+            cell.metadata["transient"] = {"remove_source": cell.cell_type == "code" and not shown}
         if report is None:
             report = notebook
         else:
             report.cells += notebook.cells
     if report is not None:
-        exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+        exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
         page, _ = exporter.from_notebook_node(report, resources={"metadata": {"name": f"{folder.name}: report"}})
         with runs.written_whole(folder / "report.html") as part:
             part.write_text(page)
