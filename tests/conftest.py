@@ -47,9 +47,12 @@ def new_run(tmp_path):
     return lambda name="trial": runs.create_run(tmp_path, name)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks():
-    """A function from a number of ranks to a running cluster of them, each started once a session."""
+    """A function from a number of ranks to a running cluster of them, each started once for a test module.
+
+    Not once a session: Horovod's idle ranks poll, and five of them take more than a core from the other tests.
+    """
     with ExitStack() as stack:
         running = {}
 
