@@ -132,7 +132,7 @@ class Workers:
 
 
 @contextmanager
-def start(workers: int, *, threads: int = 0, oversubscribe: bool = False, timeout: float = 60) -> Iterator[Workers]:
+def start(workers: int, *, threads: int = 0, oversubscribe: bool = False, timeout: float = 120) -> Iterator[Workers]:
     """Start MPI ranks on this host, and stop them when the block ends.
 
     Args:
