@@ -125,11 +125,6 @@ def broadcast(variables: list) -> None:
         _hvd.broadcast_variables([variable.value for variable in variables], root_rank=0)
 
 
-def broadcast_object(value):
-    """Rank 0's `value` (anything picklable) on every rank."""
-    return value if _hvd is None else _hvd.broadcast_object(value, root_rank=0)
-
-
 def average(values: dict[str, float]) -> dict[str, float]:
     """Average numbers by name over all ranks, each rank counting the same. Right for means, never for AUROC."""
     if _hvd is None:
