@@ -17,6 +17,8 @@ export UV_CACHE_DIR
 export UV_PYTHON_DOWNLOADS := never
 export PIP_USER := 0
 # These belong to another environment: an activated one, a cluster's module, or a GPU build.
+# And without bytecode every process would compile TensorFlow's 1,800 files again, five seconds each time.
+unexport PYTHONDONTWRITEBYTECODE
 unexport CONDA_PREFIX PYTHONHOME PYTHONPATH UV_CONFIG_FILE VIRTUAL_ENV
 
 # What runs here finds the environment's own programs first, above all its mpiexec.
@@ -24,7 +26,7 @@ in_environment := PATH="$(CURDIR)/.venv/bin:$$PATH"
 compile := .uv/bin/uv pip compile pyproject.toml --python-version 3.11.2 \
 	--generate-hashes --no-header --no-annotate --quiet
 
-.PHONY: help run test lint lab lock clean
+.PHONY: help run test lint lab bench lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,15 +45,23 @@ lab: .venv/.ready ## open JupyterLab on the notebooks; ARGS="--no-browser --port
 	$(in_environment) .venv/bin/jupyter lab --LabApp.default_url=/lab/tree/notebooks \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
+bench: .venv/.ready ## measure the speed against others, 20 minutes; ROW="name name" for some rows
+	@$(MAKE) --no-print-directory .peers/.ready || echo "bench: PyTorch's CPU build cannot be had, so rows against it" \
+		"are left out: go online, or name a folder that holds it, as in 'make bench PIP_FIND_LINKS=FOLDER'."
+	$(in_environment) .venv/bin/python tests/benchmarks/bench.py $(ROW)
+
 lock: .uv/.ready ## pin what pyproject.toml asks for; ARGS=--upgrade takes newer versions
 	@$(compile) --extra cpu --extra dev $(ARGS) --output-file requirements-cpu.txt
 	# Horovod is left out: on GPUs it is built last, see environment.yml.
 	$(compile) --extra gpu --extra dev $(ARGS) --output-file requirements-gpu.txt \
 		--constraint requirements-cpu.txt --no-emit-package horovod
-	git diff --stat -- requirements-cpu.txt requirements-gpu.txt
+	$(from_cpu_torch)
+	with_torch .uv/bin/uv pip compile tests/benchmarks/peers.in --python-version 3.11.2 --generate-hashes --no-header \
+		--no-annotate --quiet $(ARGS) --output-file tests/benchmarks/requirements-peers.txt
+	git diff --stat -- 'requirements-*.txt' tests/benchmarks/requirements-peers.txt
 
 clean: ## remove what was installed and cached; data/ and results/ stay
-	rm -rf .uv .venv .cache .pytest_cache .ruff_cache
+	rm -rf .uv .venv .peers .cache workbench/training/kernels-*.so .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Set-up. It can be broken off at any moment: .ready is written last, and an environment without it is made anew.
@@ -89,8 +99,25 @@ endef
 	.uv/bin/uv pip sync --python .venv/bin/python requirements-cpu.txt
 	say "3 of 3, the workbench itself"
 	.uv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --editable .
+	# Without them training is slower and says so.
+	.venv/bin/python -m workbench.training.kernels >/dev/null || say "the compiled kernels could not be made"
 	echo "$(CURDIR)" > $@
 	say "done"
+
+# What benchmarks compare with has an environment of its own, so that nobody else needs it. PyTorch's CPU build is not
+# in the Python package index: it is taken from where pip is set up to find files, or else from where uv knows it to be.
+define from_cpu_torch
+links=$${PIP_FIND_LINKS:-$$(.uv/bin/pip config get global.find-links 2>/dev/null || true)}
+with_torch() { { [ -n "$$links" ] && "$$@" --find-links "$$links"; } || "$$@" --torch-backend cpu; }
+endef
+
+.peers/.ready: .uv/.ready tests/benchmarks/requirements-peers.txt
+	@$(check_machine)
+	say "what benchmarks compare with, into .peers"
+	.uv/bin/uv venv --quiet --clear --python "$$python" .peers
+	$(from_cpu_torch)
+	with_torch .uv/bin/uv pip sync --python .peers/bin/python tests/benchmarks/requirements-peers.txt
+	touch $@
 
 # A moved folder: what .ready says is no longer true.
 ifneq ($(file < .venv/.ready),$(CURDIR))

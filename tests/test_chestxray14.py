@@ -2,7 +2,6 @@
 
 import gzip
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -282,29 +281,6 @@ def test_boxes(small):
         chestxray14.read_boxes(small)
 
 
-def test_radiographs_become_grey_and_alpha_is_ignored(tmp_path):
-    colour = np.zeros((4, 6, 4), np.uint8)
-    colour[..., :3] = 200
-    colour[..., 3] = 7
-    colour[0, 0, :3] = 255, 0, 0
-    Image.fromarray(colour, "RGBA").save(tmp_path / "rgba.png")
-    grey = chestxray14.read_radiograph(tmp_path / "rgba.png")
-    assert grey.shape == (4, 6)
-    assert grey.dtype == np.uint8
-    assert grey[1, 1] == 200
-    assert grey[0, 0] == 76  # ITU-R 601: 0.299 × 255
-
-
-def test_unreadable_radiographs_are_named(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
-    Image.fromarray(pixels.astype(np.uint16) * 100).save(tmp_path / "deep.png")
-    for name, message in (("cut", "cannot be decoded"), ("deep", "mode I;16"), ("gone", "does not exist")):
-        with pytest.raises(WorkbenchError, match=f"{name}.png` .*{message}|{name}.png` {message}"):
-            chestxray14.read_radiograph(tmp_path / f"{name}.png")
-
-
 @pytest.mark.nih
 def test_both_real_releases(nih_sample, tmp_path):
     with gzip.open(nih_sample / "Data_Entry_2017.csv.gz", "rb") as packed:
@@ -322,10 +298,8 @@ def test_both_real_releases(nih_sample, tmp_path):
 
 
 @pytest.mark.nih
-def test_the_real_official_split_boxes_and_speed(nih_sample):
-    start = time.process_time()
+def test_the_real_official_split_and_boxes(nih_sample):
     frame = read_dataset(nih_sample, images_folder=nih_sample / "images_256", missing="skip")
-    assert time.process_time() - start < 5
     assert len(frame) == 1_155
     assert frame.attrs["missing"] == 110_965
     assert frame["split"].eq("test").sum() == 189
@@ -338,19 +312,3 @@ def test_the_real_official_split_boxes_and_speed(nih_sample):
     assert boxes["image"].nunique() == 880
     assert set(boxes["finding"]) <= set(FINDINGS)
     assert sides[table["image"].isin(boxes["image"])].eq("test").all()
-
-
-@pytest.mark.nih
-def test_real_originals_agree_with_their_averages(nih_sample):
-    from workbench.data.shards import resize_radiograph
-
-    modes = {}
-    for path in sorted((nih_sample / "images").glob("*.png")):
-        with Image.open(path) as image:
-            modes.setdefault(image.mode, path)
-    assert set(modes) == {"L", "RGBA"}
-    for path in modes.values():
-        pixels = chestxray14.read_radiograph(path)
-        assert pixels.shape == (1024, 1024)
-        small = chestxray14.read_radiograph(nih_sample / "images_256" / path.name)
-        assert np.abs(resize_radiograph(pixels, 256).astype(int) - small).max() <= 1

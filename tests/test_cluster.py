@@ -52,6 +52,15 @@ def test_output_and_progress_arrive_while_it_runs(ranks, capsys):
     assert sorted(lines) == [f"[rank {rank}] step {step}" for rank in range(2) for step in range(3)]
 
 
+def test_one_worker_per_gpu_or_else_per_core(monkeypatch, tmp_path):
+    monkeypatch.setattr(cluster, "DRIVER", tmp_path / "none")
+    assert cluster.default_workers() == len(os.sched_getaffinity(0))
+    monkeypatch.setattr(cluster, "DRIVER", tmp_path)
+    for number in range(3):
+        (tmp_path / f"0000:0{number}:00.0").mkdir()
+    assert cluster.default_workers() == 3
+
+
 def test_more_workers_than_cores_are_refused_at_once():
     cores = len(os.sched_getaffinity(0))
     said = f"`workers` {cores + 1} .* with {cores} cores: ask for 1 to {cores}"

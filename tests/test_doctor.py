@@ -22,7 +22,7 @@ def test_this_machine_can_train(capfd):
     assert lines[-1] == "Training can run here."
     found = {line[9:20].strip(): line for line in lines[1:-1] if line[:8].strip()}
     assert list(found) == [
-        *("Python", "Cores", "Memory", "Disk", "TensorFlow", "GPUs", "Horovod", "mpiexec", "All-reduce"),
+        *("Python", "Cores", "Memory", "Disk", "TensorFlow", "GPUs", "Kernels", "Horovod", "mpiexec", "All-reduce"),
     ]
     assert "2.18.1" in found["TensorFlow"]
     assert "built with MPI" in found["Horovod"]
@@ -66,6 +66,13 @@ def test_what_horovod_was_built_with(look, gpus, status, told):
     assert check.status == status
     assert told in check.found
     assert bool(check.advice) == (status != "ok")
+
+
+def test_kernels_that_cannot_be_compiled_are_a_warning():
+    check = doctor._kernels({"error": "RuntimeError: g++ is missing."})
+    assert check.status == "warning"
+    assert "training is slower: RuntimeError: g++ is missing." in check.found
+    assert "g++" in check.advice
 
 
 def test_gpus(monkeypatch, tmp_path):

@@ -204,16 +204,20 @@ def test_imports_run_one_way(module):
 def test_every_import_is_declared():
     provides = importlib.metadata.packages_distributions()
     declared = {canonicalize_name(requirement.name) for requirement in asked_for("cpu", "gpu", "dev")} | {"workbench"}
+    benchmarks = ROOT / "tests" / "benchmarks"
+    peers = [Requirement(line) for line in (benchmarks / "peers.in").read_text().splitlines() if line[0] != "#"]
     missing = []
     for path in [*MODULES, *(ROOT / "tests").rglob("*.py")]:
+        known = declared | {canonicalize_name(peer.name) for peer in peers if path.parent == benchmarks}
         for line, name in imports_of(path):
             top = name.split(".")[0]
-            if top in sys.stdlib_module_names or (path.parent / f"{top}.py").exists():
+            beside = (folder / f"{top}.py" for folder in (path.parent, benchmarks))
+            if top in sys.stdlib_module_names or any(file.exists() for file in beside):
                 continue
             packages = {canonicalize_name(package) for package in provides.get(top, [top])}
-            if not packages & declared:
+            if not packages & known:
                 missing.append(f"{name_of(path)}:{line} imports {top}")
-    assert not missing, "declare these in pyproject.toml"
+    assert not missing, "declare these in pyproject.toml, or in tests/benchmarks/peers.in"
 
 
 def modules_after(code: str) -> set[str]:

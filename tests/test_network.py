@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from workbench import WorkbenchError
-from workbench.training import network
+from workbench.training import fast, network
 from workbench.training.config import PRECISIONS
 
 
@@ -39,51 +39,20 @@ def test_precision_is_that_of_the_layers_and_the_scores_stay_float32(precision, 
     assert keras.config.dtype_policy().name == "float32"
 
 
-def test_fused_batch_normalisation_is_keras_s_own_but_for_the_variance_correction():
-    rng = np.random.default_rng(1)
-    inputs = rng.normal(3, 2, (5, 6, 7, 8)).astype(np.float32)
-    fused, plain = network.FusedBatchNormalization(momentum=0.9), keras.layers.BatchNormalization(momentum=0.9)
-    for layer in (fused, plain):
-        layer.build(inputs.shape)
-        layer.gamma.assign(np.linspace(0.5, 2, 8))
-        layer.beta.assign(np.linspace(-1, 1, 8))
-    gradients = []
-    for layer in (fused, plain):
-        with tf.GradientTape() as tape:
-            tensor = tf.constant(inputs)
-            tape.watch(tensor)
-            loss = tf.reduce_sum(layer(tensor, training=True) ** 3)
-        gradients.append(tape.gradient(loss, [tensor, layer.gamma.value, layer.beta.value]))
-    for ours, theirs in zip(*gradients, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-3)
-    np.testing.assert_allclose(fused.moving_mean, plain.moving_mean, rtol=1e-5)
-    samples = 5 * 6 * 7
-    expected = 0.9 + (np.array(plain.moving_variance) - 0.9) * samples / (samples - 1)
-    np.testing.assert_allclose(fused.moving_variance, expected, rtol=1e-5)
-    plain.set_weights(fused.get_weights())
-    np.testing.assert_allclose(fused(inputs), plain(inputs), rtol=1e-4, atol=1e-5)
-
-
-def test_frozen_batch_normalisation_keeps_its_statistics():
-    layer = network.FusedBatchNormalization()
-    layer.trainable = False
-    layer(np.random.default_rng(0).normal(5, 1, (4, 3, 3, 2)).astype(np.float32), training=True)
-    np.testing.assert_array_equal(layer.moving_mean, [0, 0])
-
-
 def test_what_is_saved_is_plain_keras_and_scores_alike(tmp_path, radiographs):
     model = network.build_network("Tiny", findings=3, image_size=32, weights=None)
+    compute = fast.forward(model)
     for _ in range(3):
-        model(radiographs, training=True)
-    network.plain_copy(model).save(tmp_path / "model.keras")
+        compute(radiographs, training=True)
+    model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras", safe_mode=True)
     assert {type(layer).__module__.split(".")[0] for layer in loaded.layers} == {"keras"}
-    np.testing.assert_allclose(loaded(radiographs), model(radiographs), atol=1e-6)
+    np.testing.assert_allclose(loaded(radiographs), compute(radiographs), atol=1e-6)
 
 
 def test_weights_come_from_a_local_file(tmp_path, radiographs):
     model = network.build_network("Tiny", findings=3, image_size=32, weights=None)
-    network.plain_copy(model).save(tmp_path / "model.keras")
+    model.save(tmp_path / "model.keras")
     again = network.build_network("Tiny", findings=3, image_size=32, weights=str(tmp_path / "model.keras"))
     np.testing.assert_array_equal(again(radiographs), model(radiographs))
 
@@ -117,7 +86,7 @@ def test_imagenet_weights_that_cannot_be_fetched_are_a_sentence(monkeypatch):
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     model = network.build_network("Tiny", findings=3, image_size=32, weights=None)
-    network.plain_copy(model).save(tmp_path / "model.keras")
+    model.save(tmp_path / "model.keras")
     with pytest.raises(WorkbenchError, match=r"do not fit Tiny with 5 findings"):
         network.build_network("Tiny", findings=5, image_size=32, weights=str(tmp_path / "model.keras"))
     (tmp_path / "broken.keras").write_bytes(b"not a model")

@@ -239,7 +239,7 @@ def test_bad_settings_end_in_one_sentence(finished, project, settings, said):
     ("settings", "said"),
     [
         ({"network": "AlexNet"}, "`network` is 'AlexNet'"),
-        ({"workers": 0}, "`workers` of synthetic is 0: it has to be 1 or more"),
+        ({"workers": -1}, "`workers` of synthetic is -1: it has to be 0 or more"),
         ({"epoch": 3}, "`epoch` of synthetic is no parameter (did you mean `epochs`?)"),
         ({"worker_counts": ["two"]}, "`worker_counts` of synthetic is ['two']: expected a list"),
     ],

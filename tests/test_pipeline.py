@@ -211,6 +211,18 @@ def test_draws_cover_their_ranges_and_nothing_else():
     assert not pipeline.draw_augmentation(9, margin=0, seed=0, epoch=0)[:, :2].any()
 
 
+def test_every_grey_level_under_every_light_is_rounded_exactly():
+    levels = np.arange(256).reshape(16, 16)
+    light = np.indices((2 * pipeline.CONTRAST + 1, 2 * pipeline.BRIGHTNESS + 1)).reshape(2, -1).T
+    draws = np.zeros((len(light), 5), np.int32)
+    draws[:, 3:] = light + np.array([256 - pipeline.CONTRAST, -pipeline.BRIGHTNESS])
+    images = np.broadcast_to(levels.astype(np.uint8), (len(light), 16, 16))
+    contrast, brightness = draws[:, 3, None, None], draws[:, 4, None, None]
+    expected = (contrast * (levels - 128) + 256 * (128 + brightness) + 128) // 256
+    changed = pipeline.change_images(images, draws, image_size=16)
+    np.testing.assert_array_equal(changed[..., 0], expected.clip(0, 255))
+
+
 def test_augmentation_is_the_same_eagerly_and_inside_tf_data():
     import tensorflow as tf
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from workbench import WorkbenchError
-from workbench.data import chestxray14, shards
+from workbench.data import radiographs, shards
 
 FINDINGS = ["Effusion", "Mass", "Hernia"]
 COUNTS = {"train": 23, "val": 7, "test": 10}
@@ -89,7 +89,7 @@ def test_round_trip(frame, tmp_path, encoding):
             rows.set_index("image")[["patient", "no_finding", *FINDINGS]],
             part.loc[rows["image"], ["patient", "no_finding", *FINDINGS]],
         )
-        originals = np.stack([chestxray14.read_radiograph(part["path"][name]) for name in rows["image"]])
+        originals = np.stack([radiographs.read_radiograph(part["path"][name]) for name in rows["image"]])
         if encoding == "jpeg":
             assert np.abs(images.astype(int) - originals).mean() < 12
         else:
@@ -275,23 +275,6 @@ def test_radiographs_by_name_from_any_split(frame, written):
     names.append(names[3])
     images = shards.read_radiographs(written, names)
     paths = frame.set_index("image")["path"][names]
-    np.testing.assert_array_equal(images, [chestxray14.read_radiograph(path) for path in paths])
+    np.testing.assert_array_equal(images, [radiographs.read_radiograph(path) for path in paths])
     with pytest.raises(WorkbenchError, match=r"`nobody.png` is in none of the shards"):
         shards.read_radiographs(written, ["nobody.png"])
-
-
-@pytest.mark.parametrize(("source", "target"), [(96, 24), (96, 72), (96, 64), (30, 7)])
-def test_shrinking_averages_the_exact_area(source, target):
-    pixels = np.random.default_rng(2).integers(0, 256, (source, source)).astype(np.uint8)
-    factor = np.lcm(source, target)
-    fine = np.kron(pixels, np.ones((factor // source,) * 2))
-    block = factor // target
-    exact = fine.reshape(target, block, target, block).mean((1, 3))
-    np.testing.assert_array_equal(shards.resize_radiograph(pixels, target), np.floor(exact + 0.5 + 1e-9))
-
-
-def test_other_shapes_and_sizes():
-    pixels = np.full((40, 60), 9, np.uint8)
-    assert shards.resize_radiograph(pixels, 16).tolist() == [[9] * 16] * 16
-    assert shards.resize_radiograph(pixels, 100).shape == (100, 100)
-    assert shards.resize_radiograph(pixels[:, :40], 40).base is pixels

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from workbench import WorkbenchError
-from workbench.data import chestxray14, synthetic
+from workbench.data import chestxray14, radiographs, synthetic
 from workbench.data.chestxray14 import FINDINGS
 
 
@@ -108,7 +108,7 @@ def test_a_box_is_where_the_mass_is(default, frame):
     masses = boxes[boxes["finding"] == "Mass"].merge(frame[["image", "path"]], on="image")
     contrasts = []
     for box in masses.itertuples():
-        pixels = chestxray14.read_radiograph(box.path).astype(float)
+        pixels = radiographs.read_radiograph(box.path).astype(float)
         x, y, w, h = (np.array([box.x, box.y, box.width, box.height]) * 96 / 1024).round().astype(int)
         around = pixels[max(y - h // 2, 0) : y + h + h // 2, max(x - w // 2, 0) : x + w + w // 2]
         contrasts.append(pixels[y : y + h, x : x + w].mean() - around.mean())

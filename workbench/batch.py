@@ -146,9 +146,9 @@ def check_parameters(root: Path, chosen: Mapping[str, Any], *, where: str) -> di
     # What the training would refuse is refused before the shards are written.
     if defaults.keys() >= {"shard_folder", "workers"}:
         TrainConfig.from_parameters(defaults | checked)
-        for name in ("workers", "measured_steps"):
-            if (defaults | checked)[name] < 1:
-                raise WorkbenchError(f"`{name}` of {where} is {(defaults | checked)[name]}: it has to be 1 or more.")
+        for name, least in (("workers", 0), ("measured_steps", 1)):
+            if (value := (defaults | checked)[name]) < least:
+                raise WorkbenchError(f"`{name}` of {where} is {value}: it has to be {least} or more.")
     return defaults | checked
 
 

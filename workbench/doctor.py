@@ -38,6 +38,11 @@ print(json.dumps({"tensorflow": tf.__version__, "keras": keras.__version__, "cud
     "gpus": [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)
              for gpu in tf.config.list_physical_devices("GPU")]}))
 """
+_LOOK_AT_KERNELS = """
+import json
+from workbench.training import kernels
+print(json.dumps({"library": kernels.build().name}))
+"""
 _LOOK_AT_HOROVOD = """
 import json, horovod, horovod.tensorflow as hvd
 print(json.dumps({"horovod": horovod.__version__, "mpi": bool(hvd.mpi_built()), "nccl": int(hvd.nccl_built())}))
@@ -104,6 +109,8 @@ def _look(folder: Path, timeout: float) -> Iterator[Check]:
     tensorflow = _run_python(_LOOK_AT_TENSORFLOW, timeout)
     yield _tensorflow(tensorflow)
     yield _gpus(tensorflow)
+    if not tensorflow.get("gpus") and "error" not in tensorflow:
+        yield _kernels(_run_python(_LOOK_AT_KERNELS, timeout))
     horovod = _run_python(_LOOK_AT_HOROVOD, timeout)
     yield _horovod(horovod, gpus=bool(tensorflow.get("gpus")))
     mpiexec = find_mpiexec()
@@ -173,6 +180,12 @@ def _gpus(look: dict) -> Check:
         )
         return Check("GPUs", "warning", f"{present} in the machine, none that TensorFlow sees", advice)
     return Check("GPUs", "ok", "none, training runs on the processor")
+
+
+def _kernels(look: dict) -> Check:
+    if "error" in look:
+        return Check("Kernels", "warning", f"not compiled, training is slower: {look['error']}", "apt-get install g++")
+    return Check("Kernels", "ok", f"compiled for this processor ({look['library']})")
 
 
 def _horovod(look: dict, *, gpus: bool) -> Check:

@@ -1,14 +1,14 @@
 """NIH ChestX-ray14 as one tidy table: metadata, labels, boxes, and splits that keep patients apart.
 
 Reads NIH's own layout (either release of the table, the official lists, the boxes; images in one folder
-or in the twelve of the archives) and never writes into it. Pixels are read one file at a time, for looking
-and for writing shards; batches for training come from `shards` and `pipeline`.
+or in the twelve of the archives) and never writes into it. Pixels come from `radiographs`, one file at a time, and
+from `shards` and `pipeline`, in batches.
 
-    from workbench.data import chestxray14
+    from workbench.data import chestxray14, radiographs
     frame = chestxray14.read_dataset("data/nih")                  # one row per image, 14 columns of 0/1
     chestxray14.split_table(frame)                                # images, patients and positives per split
     boxes = chestxray14.read_boxes("data/nih")
-    pixels = chestxray14.read_radiograph(frame["path"].iloc[0])   # uint8 (height, width)
+    pixels = radiographs.read_radiograph(frame["path"].iloc[0])   # uint8 (height, width)
 """
 
 import os
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from workbench import WorkbenchError
 
@@ -172,23 +171,6 @@ def read_boxes(folder: str | Path) -> pd.DataFrame:
         ) from None
     boxes["finding"] = boxes["finding"].replace("Infiltrate", "Infiltration")
     return boxes
-
-
-def read_radiograph(path: str | Path) -> np.ndarray:
-    """Read one image file as grey, uint8 (height, width); of a coloured one the luminance, alpha ignored."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode.startswith(("I", "F")):
-                raise WorkbenchError(f"`{path}` has mode {image.mode}: expected 8 bits per channel.")
-            # Palettes go through RGB; alpha is dropped, not composited: NIH's RGBA files are opaque.
-            return np.asarray(image if image.mode == "L" else image.convert("RGB").convert("L"))
-    except FileNotFoundError:
-        raise WorkbenchError(f"`{path}` does not exist: is the data set complete?") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise WorkbenchError(
-            f"`{path}` cannot be decoded ({error}): download or extract it again, or remove it and skip it."
-        ) from None
 
 
 def findings_of(frame: pd.DataFrame) -> list[str]:

@@ -29,7 +29,7 @@ Piece = tuple[int, int, int]  # (shard, start, stop): records start to stop of a
 
 INTERLEAVED_SHARDS = 4
 CORES = len(os.sched_getaffinity(0))
-SHUFFLED_RECORDS = 1024  # encoded records that are mixed at a time: 64 MiB of raw 256×256 images
+SHUFFLED_RECORDS = 1024  # encoded records in memory from which the next one is drawn: 64 MiB of raw 256×256 images
 CONTRAST = 26  # ± of 256, so ±10 %
 BRIGHTNESS = 13  # ± grey levels, so ±5 %
 
@@ -136,8 +136,7 @@ def build_training(
     # Horovod: rank and size are in the seed, so workers do not mix their slices in the same pattern.
     mix = np.random.SeedSequence([seed, epoch, rank, size]).generate_state(2).astype(np.int64)
     records = _read(folder, info["splits"]["train"]["shards"], pieces, cycle=INTERLEAVED_SHARDS)
-    records = _shuffle(records, sum(stop - start for _, start, stop in pieces), mix)
-    batches = records.batch(batch_size, drop_remainder=True)
+    batches = _shuffle(records, mix).batch(batch_size, drop_remainder=True)
     batches = batches.map(prepare, num_parallel_calls=threads or CORES)
     return _finish(batches.apply(tf.data.experimental.assert_cardinality(steps)), threads)
 
@@ -185,8 +184,8 @@ def draw_augmentation(images: int, *, margin: int, seed: int, epoch: int) -> np.
 def change_images(images: "tf.Tensor", draws: "tf.Tensor", *, image_size: int) -> "tf.Tensor":
     """Crop, flip, and change contrast and brightness: uint8 (B, S, S) -> uint8 (B, size, size, 1).
 
-    Every intermediate value is a whole number (or one over 256) that float32 holds exactly, so the bytes are the
-    same eagerly, inside tf.data and on every machine.
+    Every intermediate value is a whole number of 256ths that float32 holds exactly, so the bytes are the same
+    eagerly, inside tf.data and on every machine.
 
     Args:
         images: as stored.
@@ -204,9 +203,9 @@ def change_images(images: "tf.Tensor", draws: "tf.Tensor", *, image_size: int) -
     one = tf.TensorSpec([image_size, image_size], tf.uint8)
     parts = tf.cast(tf.map_fn(crop, (images, draws), fn_output_signature=one)[..., None], tf.float32)
     contrast, brightness = (tf.cast(draws[:, i, None, None, None], tf.float32) for i in (3, 4))
-    # Contrast turns about the middle grey, 128; the last 128 rounds.
-    offset = 256 * (128 + brightness) - 128 * contrast + 128
-    return tf.saturate_cast((parts * contrast + offset) / 256, tf.uint8)
+    contrast /= 256
+    # Contrast turns about the middle grey, 128; the last half rounds.
+    return tf.saturate_cast(parts * contrast + (128 + brightness - 128 * contrast + 0.5), tf.uint8)
 
 
 def crop_centre(images: "tf.Tensor", *, image_size: int) -> "tf.Tensor":
@@ -261,18 +260,23 @@ def _read(folder: str | Path, shards: list[dict], pieces: list[Piece], *, cycle:
     )
 
 
-def _shuffle(records: "tf.data.Dataset", count: int, seed: np.ndarray) -> "tf.data.Dataset":
-    """Mix a stream of `count` encoded records block by block.
+def _shuffle(records: "tf.data.Dataset", seed: Sequence[int]) -> "tf.data.Dataset":
+    """Mix a stream of encoded records, each with the thousand around it; records are moved, not copied.
 
-    Not `Dataset.shuffle`: its order also depends on TensorFlow's global seed.
+    What `Dataset.shuffle` is made of, since the order of that one also depends on TensorFlow's global seed.
     """
     import tensorflow as tf
 
-    def mix(number, block):
-        return tf.random.experimental.stateless_shuffle(block, seed=tf.stack([seed[0] + number, seed[1]]))
-
-    blocks = records.batch(min(SHUFFLED_RECORDS, count)).prefetch(1)
-    return blocks.enumerate().map(mix).unbatch()
+    shuffled = tf.raw_ops.ShuffleDataset(
+        input_dataset=tf.data.experimental.to_variant(records),
+        buffer_size=SHUFFLED_RECORDS,
+        seed=seed[0],
+        seed2=seed[1],
+        output_types=[tf.string],
+        output_shapes=[[]],
+        reshuffle_each_iteration=False,
+    )
+    return tf.data.experimental.from_variant(shuffled, records.element_spec)
 
 
 def _parse(records: "tf.Tensor", info: dict) -> tuple["tf.Tensor", "tf.Tensor", "tf.Tensor"]:

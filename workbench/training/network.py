@@ -2,12 +2,11 @@
 
 Grey to three channels, the normalisation its weights were trained with, the convolutional network and the
 sigmoid head are ONE Keras model of stock layers, so that training and inference cannot differ, and a saved
-`model.keras` loads in plain Keras anywhere. While training, batch normalisation is swapped for a fused version
-with the same weights, because Keras 3 computes it from single operations on TensorFlow, at half the speed.
+`model.keras` loads in plain Keras anywhere. `fast` computes what the model computes, in less time.
 
     model = build_network("DenseNet121", findings=14, image_size=224, weights="imagenet")
     scores = model(radiographs)          # (B, 224, 224, 1) uint8 -> (B, 14) float32 in [0, 1]
-    plain_copy(model).save("model.keras")
+    model.save("model.keras")
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import keras
-import tensorflow as tf
 
 from workbench import WorkbenchError
 from workbench.training.config import PRECISIONS
@@ -95,7 +93,7 @@ def build_network(
         features.set_weights(_imagenet_weights(name))
     elif weights:
         _load_local(model, features, Path(weights))
-    return _with_batch_norm(model, FusedBatchNormalization)
+    return model
 
 
 def check_settings(name: str, *, precision: str = "float32") -> None:
@@ -104,50 +102,6 @@ def check_settings(name: str, *, precision: str = "float32") -> None:
         raise WorkbenchError(f"There is no network `{name}`: choose one of {', '.join(NETWORKS)}.")
     if precision not in PRECISIONS:
         raise WorkbenchError(f"There is no precision `{precision}`: choose one of {', '.join(PRECISIONS)}.")
-
-
-def plain_copy(model: keras.Model) -> keras.Model:
-    """The same network, of stock Keras layers only and with the same weights: what is saved."""
-    return _with_batch_norm(model, keras.layers.BatchNormalization)
-
-
-class FusedBatchNormalization(keras.layers.BatchNormalization):
-    """Keras's batch normalisation computed by TensorFlow's fused operation.
-
-    Weights, initial values and outputs are those of `keras.layers.BatchNormalization`. The one difference: the
-    moving variance is Bessel-corrected (N/(N-1)), as in Keras 2 and cuDNN. Needs 4-D, channels-last input.
-    """
-
-    def call(self, inputs, training=None, mask=None):
-        """Normalise (B, H, W, C) `inputs`; while training also update the moving statistics."""
-        learning = bool(training) and self.trainable
-        output, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=inputs,
-            scale=tf.convert_to_tensor(self.gamma) if self.scale else tf.ones_like(self.moving_mean),
-            offset=tf.convert_to_tensor(self.beta) if self.center else tf.zeros_like(self.moving_mean),
-            mean=tf.convert_to_tensor(self.moving_mean),
-            variance=tf.convert_to_tensor(self.moving_variance),
-            epsilon=self.epsilon,
-            # The operation returns the moving statistics already updated: far fewer graph nodes than by hand.
-            exponential_avg_factor=1 - self.momentum,
-            is_training=learning,
-        )
-        if learning:
-            self.moving_mean.assign(mean)
-            self.moving_variance.assign(variance)
-        return output
-
-
-def _with_batch_norm(model: keras.Model, kind: type) -> keras.Model:
-    """Clone a model with every batch normalisation made one of `kind`; weights are copied."""
-
-    def clone(layer):
-        made = kind if isinstance(layer, keras.layers.BatchNormalization) else type(layer)
-        return made.from_config(layer.get_config())
-
-    copy = keras.models.clone_model(model, clone_function=clone)
-    copy.set_weights(model.get_weights())
-    return copy
 
 
 def _imagenet_weights(name: str) -> list:

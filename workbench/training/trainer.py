@@ -27,7 +27,7 @@ from sklearn.metrics import roc_auc_score
 from workbench import WorkbenchError
 from workbench.data import pipeline, shards
 from workbench.runs import now, update_run, written_whole
-from workbench.training import checkpoint, distributed, network
+from workbench.training import checkpoint, distributed, fast, network
 from workbench.training.config import TrainConfig, better, decay_after
 
 Report = Callable[[dict], None]
@@ -98,7 +98,7 @@ def train(
                 pd.DataFrame(history).to_csv(part, index=False)
             if row["best"]:
                 with written_whole(folder / "model.keras") as part:
-                    network.plain_copy(model).save(part)
+                    model.save(part)
         tell({"history": history[-1], "epoch": epoch + 1, "epochs": config.epochs})
     tell({"phase": "predicting with the best epoch"})
     model.set_weights(best_weights)
@@ -172,12 +172,12 @@ def _check_validation(config: TrainConfig, info: dict) -> None:
 
 def build_train_step(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Callable:
     """A compiled step: (B, H, W, 1) uint8 and (B, K) float32 in, this rank's mean loss out; weights updated."""
-    loss_function = keras.losses.BinaryCrossentropy()
+    compute, loss_function = fast.forward(model), keras.losses.BinaryCrossentropy()
 
     @tf.function(reduce_retracing=True)
     def train_step(radiographs, labels):
         with tf.GradientTape() as tape:
-            loss = loss_function(labels, model(radiographs, training=True))
+            loss = loss_function(labels, compute(radiographs, training=True))
             scaled = optimizer.scale_loss(loss)
         # Horovod: `averaging` made apply() average these gradients over all ranks first.
         optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
@@ -188,7 +188,8 @@ def build_train_step(model: keras.Model, optimizer: keras.optimizers.Optimizer) 
 
 def build_predict_step(model: keras.Model) -> Callable:
     """A compiled prediction: (B, H, W, 1) uint8 in, (B, K) float32 in [0, 1] out."""
-    return tf.function(lambda radiographs: model(radiographs, training=False), reduce_retracing=True)
+    compute = fast.forward(model)
+    return tf.function(lambda radiographs: compute(radiographs), reduce_retracing=True)
 
 
 def predict(
@@ -278,7 +279,7 @@ def _build(config: TrainConfig, findings: int, world: distributed.World):
         weights=weights if world.rank == 0 else None,
         precision=config.precision,
     )
-    optimizer = keras.optimizers.Adam(config.learning_rate)
+    optimizer = fast.Adam(config.learning_rate)
     if config.precision == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     # Horovod: average the gradients of all ranks in every step.

@@ -1,0 +1,118 @@
+"""Radiographs one at a time: an image file -> grey pixels -> the size that training needs -> bytes, and back.
+
+Knows neither tables nor shards, and imports neither pandas nor TensorFlow: the processes that `shards` starts to
+decode images import this module alone, so they start in a quarter of a second.
+
+    from workbench.data import radiographs
+    pixels = radiographs.read_radiograph("data/nih/images/00000001_000.png")     # uint8 (height, width)
+    small = radiographs.resize_radiograph(pixels, 256)
+"""
+
+import io
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from workbench import WorkbenchError
+
+ENCODINGS = ("raw", "png", "jpeg")
+JPEG_QUALITY = 95
+
+
+def read_radiograph(path: str | Path) -> np.ndarray:
+    """Read one image file as grey, uint8 (height, width); of a coloured one the luminance, alpha ignored."""
+    try:
+        encoded = Path(path).read_bytes()
+        pixels = _decode_png(encoded)
+        return _decode_other(encoded, path) if pixels is None else pixels
+    except FileNotFoundError:
+        raise WorkbenchError(f"`{path}` does not exist: is the data set complete?") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise WorkbenchError(
+            f"`{path}` cannot be decoded ({error}): download or extract it again, or remove it and skip it."
+        ) from None
+
+
+def resize_radiograph(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Bring a grey image to (size, size): averaged over areas when shrunk, interpolated when enlarged.
+
+    An image that is not square is stretched. Each pixel is the mean of exactly the area that it covers, parts
+    of pixels counted as such; Pillow's BOX filter counts whole pixels only, so it shifts details a little.
+    """
+    height, width = pixels.shape
+    if (height, width) == (size, size):
+        return pixels
+    if height == width and height % size == 0:
+        return np.asarray(Image.fromarray(pixels).reduce(height // size))
+    if min(height, width) < size:
+        return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+    sums = _sum_rows(_sum_rows(pixels, size).T, size).T.astype(np.int64)
+    area = (height // math.gcd(height, size)) * (width // math.gcd(width, size))
+    return ((2 * sums + area) // (2 * area)).astype(np.uint8)
+
+
+def encode_radiographs(paths: Sequence[str], size: int, encoding: str) -> list[bytes]:
+    """Read, resize and encode the images of one shard."""
+    return [_encode(resize_radiograph(read_radiograph(path), size), encoding) for path in paths]
+
+
+def decode_radiograph(encoded: bytes, encoding: str, size: int) -> np.ndarray:
+    """What `encode_radiographs` encoded: uint8 (size, size)."""
+    if encoding == "raw":
+        return np.frombuffer(encoded, np.uint8).reshape(size, size)
+    return np.asarray(Image.open(io.BytesIO(encoded)))
+
+
+def _decode_png(encoded: bytes) -> np.ndarray | None:
+    """Decode a PNG of 8 bits, grey or RGBA, as NIH's are, in 0.4 of Pillow's time; None: let Pillow see to it."""
+    from kornia_rs.io import decode_image_png_u8
+
+    # The signature, the header's length and name, then width, height, depth, kind, and three that vary less.
+    width, height, *form = struct.unpack(">16xIIBBBBB", encoded[:29].ljust(29, b"\0"))
+    channels = {(8, 0, 0, 0, 0): "mono", (8, 6, 0, 0, 0): "rgba"}.get(tuple(form))
+    if not encoded.startswith(b"\x89PNG") or channels is None or width * height > Image.MAX_IMAGE_PIXELS:
+        return None
+    try:
+        pixels = decode_image_png_u8(encoded, (height, width), channels)
+    except Exception:  # It raises nothing narrower. Pillow says what is wrong.
+        return None
+    return pixels[..., 0] if channels == "mono" else np.asarray(Image.fromarray(pixels).convert("L"))
+
+
+def _decode_other(encoded: bytes, path: str | Path) -> np.ndarray:
+    with Image.open(io.BytesIO(encoded)) as image:
+        image.load()
+        if image.mode.startswith(("I", "F")):
+            raise WorkbenchError(f"`{path}` has mode {image.mode}: expected 8 bits per channel.")
+        # Palettes go through RGB; alpha is dropped, not composited: NIH's RGBA files are opaque.
+        return np.asarray(image if image.mode == "L" else image.convert("RGB").convert("L"))
+
+
+def _sum_rows(values: np.ndarray, size: int) -> np.ndarray:
+    """Sums over `size` equal bands of rows, parts of rows counted as such: whole numbers, `rows` times the means.
+
+    The pattern of rows and bands repeats, so all its repetitions are added up at once, in the smallest type that
+    holds the sums. A product with a matrix of weights takes forty times as long.
+    """
+    common = math.gcd(len(values), size)
+    rows, bands = len(values) // common, size // common
+    values = values.reshape(common, rows, -1).astype(np.min_scalar_type(np.iinfo(values.dtype).max * rows))
+    sums = np.zeros((common, bands, values.shape[2]), values.dtype)
+    # A row is `bands` long, and a band `rows`.
+    for band in range(bands):
+        for row in range(band * rows // bands, -(-(band + 1) * rows // bands)):
+            overlap = min((row + 1) * bands, (band + 1) * rows) - max(row * bands, band * rows)
+            sums[:, band] += overlap * values[:, row]
+    return sums.reshape(size, -1)
+
+
+def _encode(pixels: np.ndarray, encoding: str) -> bytes:
+    if encoding == "raw":
+        return pixels.tobytes()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, encoding, **({"quality": JPEG_QUALITY} if encoding == "jpeg" else {}))
+    return file.getvalue()
