@@ -179,14 +179,21 @@ def test_the_network_in_float32_is_no_further_from_float64_than_plain_keras(comp
 
 @pytest.mark.parametrize("compiled", WAYS)
 def test_the_network_in_bfloat16_is_no_further_from_float32_than_plain_keras(compiled, started):
-    model, radiographs, exact, inferred = started
+    model = started[0]
     mixed = network.build_network("DenseNet121", findings=14, image_size=64, weights=None, precision="mixed_bfloat16")
     mixed.set_weights(model.get_weights())
     compute = fast.forward(mixed, compiled=compiled)
-    ours, plain = differentiate(compute, mixed, radiographs), differentiate(mixed, mixed, radiographs)
-    for part in range(2):
-        assert distance(ours[part], exact[part]) < 1.1 * distance(plain[part], exact[part])
-    assert distance(compute(radiographs).numpy(), inferred) < 1.1 * distance(mixed(radiographs).numpy(), inferred)
+    # One batch more or less far off is chance, up to a fifth of it, and differs from processor to processor.
+    ratios = []
+    for seed in range(4):
+        radiographs = np.random.default_rng(seed).integers(0, 256, (8, 64, 64, 1), np.uint8)
+        exact, ours, plain = (
+            [*differentiate(forward, whose, radiographs)[:2], forward(radiographs).numpy()]
+            for forward, whose in ((model, model), (compute, mixed), (mixed, mixed))
+        )
+        ratios.append([distance(o, e) / distance(p, e) for o, p, e in zip(ours, plain, exact, strict=True)])
+    outputs, gradients, inferred = np.mean(ratios, axis=0)
+    assert max(outputs, gradients, inferred) < 1.1
 
 
 @pytest.mark.parametrize("name", ["DenseNet121", "ResNet50", "VGG16", "MobileNetV2", "Tiny"])

@@ -11,6 +11,7 @@ the notebooks' own values. Executed notebooks, figures and the record go to the 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 import time
@@ -178,6 +179,8 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> P
     os.environ["WORKBENCH_PLAIN_PROGRESS"] = "1"
     # The kernel of this environment, whatever kernels the user has installed elsewhere.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    # A kernel that is shut down while its last message arrives is no error, but tornado would print it as one.
+    logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
     known = known_parameters(root)
     done = runs.read_run(folder)["stages"]
     planned = {stage: {"status": "planned", "seconds": 0.0} for stage in stages}
