@@ -26,7 +26,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from workbench import WorkbenchError, runs
+from workbench import WorkbenchError, report, runs
 from workbench.training.config import TrainConfig
 
 # What each notebook is for, as the progress line says it.
@@ -207,30 +207,8 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> P
         runs.update_run(folder, stages={stage: {"status": "finished", "seconds": seconds}})
         print(f"[{number}/{len(STAGES)}] {stage}: done in {seconds:.0f} s", flush=True)
     runs.update_run(folder, status="finished", ended=runs.now())
-    write_report(folder)
+    report.write_report(folder)
     return folder
-
-
-def write_report(folder: Path) -> None:
-    """Write `report.html`: the executed notebooks on one page that opens anywhere; of the code only the parameters."""
-    from nbconvert import HTMLExporter  # slow to import, and needed once
-
-    report = None
-    for path in sorted((folder / "notebooks").glob("*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
-        for cell in notebook.cells:
-            cell.id = f"{path.stem}-{cell.id}"[:64]  # unique on the page as well
-            shown = "injected-parameters" in cell.metadata.get("tags", [])
-            cell.metadata["transient"] = {"remove_source": cell.cell_type == "code" and not shown}
-        if report is None:
-            report = notebook
-        else:
-            report.cells += notebook.cells
-    if report is not None:
-        exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
-        page, _ = exporter.from_notebook_node(report, resources={"metadata": {"name": f"{folder.name}: report"}})
-        with runs.written_whole(folder / "report.html") as part:
-            part.write_text(page)
 
 
 def _execute_notebook(root: Path, folder: Path, stage: str, given: dict) -> None:

@@ -59,6 +59,11 @@ def _summarise(folder) -> None:
 def _runs(options: argparse.Namespace) -> None:
     from workbench import runs
 
+    if options.html:
+        from workbench import report
+
+        print(report.write_overview(runs.project_root()))
+        return
     table = runs.list_runs(runs.project_root())
     if table.empty:
         print("No runs yet: `workbench run synthetic` makes one.")
@@ -112,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(call=_run)
 
     all_runs = commands.add_parser("runs", help="all runs as a table, the newest first")
+    all_runs.add_argument("--html", action="store_true", help="write them as a page, results/index.html, with links")
     all_runs.set_defaults(call=_runs)
 
     doctor = commands.add_parser("doctor", help="what this machine can do, and what is missing")
