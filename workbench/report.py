@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
@@ -29,12 +30,12 @@ nav { position: fixed; inset: 0 auto 0 0; width: 15.5rem; overflow-y: auto; padd
   background: var(--pale); border-right: 1px solid var(--line); font-size: .86rem; }
 nav b { display: block; margin: .9rem 0 .15rem; } nav a { display: block; padding: .1rem 0; color: #444; }
 main { margin-left: 15.5rem; padding: 2rem 2.6rem 5rem; max-width: 76rem; }
-.overview { margin: 0 auto; }
+.overview { margin: 0 auto; } .overview td { white-space: nowrap; }
 a { color: var(--blue); text-decoration: none; } a:hover { text-decoration: underline; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 2.8rem 0 .8rem; padding-top: 1.4rem;
   border-top: 3px solid var(--line); }
 header h1 { border: 0; margin-top: 0; padding: 0; } h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; }
-p, ul, ol { max-width: 46rem; } .anchor-link { display: none; }
+p, ul, ol { max-width: 46rem; } header p:has(img) { max-width: none; } .anchor-link { display: none; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; }
 .card b { display: block; font-size: 1.45rem; line-height: 1.3; } .card span { color: #555; font-size: .84rem; }
@@ -43,7 +44,7 @@ img { max-width: 100%; height: auto; } pre { overflow-x: auto; font-size: .82rem
 code { font-size: .88em; background: var(--pale); border-radius: 3px; padding: 0 .2em; } pre code { background: none; }
 .jp-OutputArea, .jp-Cell, .output { overflow-x: auto; } .jp-InputPrompt, .jp-OutputPrompt, .prompt { display: none; }
 table { border-collapse: collapse; font-size: .86rem; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
+table, th, td { border: 0; } th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
 th { background: var(--pale); font-weight: 600; } tbody th, .text { text-align: left; } caption { text-align: left; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: #555; }
 @media (max-width: 60rem) { nav { position: static; width: auto; border: 0; } main { margin: 0; padding: 1rem; } }
@@ -87,9 +88,7 @@ def write_overview(root: Path) -> Path:
     told = table if rows else "<p>No runs yet: <code>workbench run synthetic</code> makes one.</p>"
     path = root / "results" / "index.html"
     path.parent.mkdir(exist_ok=True)
-    page = (
-        f'<main class="overview"><header><h1>{len(rows)} runs</h1></header>{told}<p class="notice">{_NOTICE}</p></main>'
-    )
+    page = f'<main class="overview"><header><h1>All runs</h1></header>{told}<p class="notice">{_NOTICE}</p></main>'
     _write(path, "workbench: all runs", page)
     return path
 
@@ -147,8 +146,16 @@ def _summary(folder: Path, record: Mapping[str, Any]) -> str:
     synthetic = " The radiographs are made up, so the scores say nothing about real ones." if made_up else ""
     return (
         f'<header id="summary"><h1>{html.escape(folder.name)}</h1><p>{html.escape(question)}{synthetic}</p>'
-        f'<div class="cards">{shown}</div><p class="notice">{_NOTICE}</p></header>'
+        f'<div class="cards">{shown}</div><p class="notice">{_NOTICE}</p>{_chart(folder)}</header>'
     )
+
+
+def _chart(folder: Path) -> str:
+    path = folder / "figures" / "04_auroc.png"
+    if not path.exists():
+        return ""
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="AUROC of each finding" src="data:image/png;base64,{encoded}"></p>'
 
 
 def _left_out(names: list[str]) -> str:
