@@ -9,8 +9,16 @@ from workbench.analysis import published
 def test_every_column_has_its_source():
     table = published.published_auroc()
     assert list(table.columns) == list(published.SOURCES)
-    assert all(source["split"] in ("official", "random") for source in published.SOURCES.values())
+    assert all(source["split"] in published.KINDS for source in published.SOURCES.values())
     assert all(source["reference"] and source["note"] for source in published.SOURCES.values())
+
+
+def test_the_article_s_figures_are_not_passed_off_as_a_split_by_patient():
+    kinds = {name: source["split"] for name, source in published.SOURCES.items()}
+    assert [name for name, kind in kinds.items() if kind == "leaky"] == [
+        "Dell EMC (article's repository, names corrected)"
+    ]
+    assert [name for name, kind in kinds.items() if kind == "official"] == ["DenseNet-121, official split (gathierry)"]
 
 
 @pytest.mark.parametrize(

@@ -18,20 +18,23 @@ def plot_auroc(
     table: pd.DataFrame,
     published: pd.DataFrame | None = None,
     *,
-    reference: str | None = "CheXNet v3",
+    reference: str | None = None,
     mean: dict | None = None,
+    split: str = "",
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the AUROC of each finding with its interval, and published figures beside it.
 
-    Published figures from NIH's official split are filled, those from random splits hollow: the two kinds
-    must not be compared without that in mind.
+    Every source is named with its kind of split (see `published.KINDS`). Those of the run's own kind are filled, those
+    of another hollow, and the comparison on the right says of which kind it is.
 
     Args:
         table: index finding, columns `auroc`, `ci_low`, `ci_high`.
         published: index finding, one column per source (see `published.SOURCES`).
-        reference: the published column that the figures on the right compare with; None: no comparison.
+        reference: the published column that the figures on the right compare with; None: the last complete one of the
+            run's own kind of split, if there is one.
         mean: `evaluation.mean_auroc`'s answer, drawn as a last row.
+        split: the run's own kind of split: "official", "random" or another; empty: not known.
         ax: where to draw.
     """
     rows = table[["auroc", "ci_low", "ci_high"]].sort_values("auroc", ascending=False, na_position="last")
@@ -48,24 +51,25 @@ def plot_auroc(
     if mean is not None:
         ax.axhline(len(rows) - 1.5, color=GREY, linewidth=0.8)
     handles = []
+    kinds = {column: SOURCES.get(column, {}).get("split", "unknown") for column in published.columns}
     for column, marker in zip(published.columns, "sD^vP<>" * 3, strict=False):
-        official = SOURCES.get(column, {}).get("split") == "official"
-        colour = VERMILLION if official else GREY
-        looks = {
-            "marker": marker,
-            "markerfacecolor": colour if official else "none",
-            "markeredgecolor": colour,
-        }
+        same = kinds[column] == split
+        colour = VERMILLION if same else GREY
+        looks = {"marker": marker, "markerfacecolor": colour if same else "none", "markeredgecolor": colour}
         looks |= {"markersize": 6.5, "linestyle": "none", "markeredgewidth": 1.3}
         ax.plot(published[column], y, zorder=2, alpha=0.9, **looks)
-        kind = "" if "split" in column or column not in SOURCES else f", {SOURCES[column]['split']} split"
-        handles.append(Line2D([], [], label=column + kind, **looks))
+        handles.append(Line2D([], [], label=_with_kind(column, kinds[column]), **looks))
     ax.hlines(y, rows["ci_low"], rows["ci_high"], color=BLUE, linewidth=3, alpha=0.55, zorder=3)
     ours = {"color": BLUE, "marker": "o", "markersize": 8, "markeredgecolor": "white"}
     ax.plot(rows["auroc"], y, linestyle="none", zorder=4, **ours)
-    handles.insert(0, Line2D([], [], label="this run, with 95% interval", linewidth=3, **ours))
+    whose = _with_kind("this run, with 95% interval", split) if split else "this run, with 95% interval"
+    handles.insert(0, Line2D([], [], label=whose, linewidth=3, **ours))
+    if reference is None:
+        alike = [name for name, kind in kinds.items() if kind == split and published[name].notna().all()]
+        reference = alike[-1] if alike else None
     compare = reference is not None and reference in published
-    _write_figures(ax, rows, published[reference] if compare else None, reference)
+    named = _with_kind(reference, kinds[reference]) if compare else None
+    _write_figures(ax, rows, published[reference] if compare else None, named)
     ax.set_yticks(y, readable(rows.index))
     ax.set_ylim(len(rows) - 0.5, -0.5)
     below = offset_copy(ax.transAxes, ax.figure, y=-40, units="points")  # clear of the axis's label
@@ -75,6 +79,10 @@ def plot_auroc(
     )  # fmt: skip
     dress(ax, "Area under the ROC curve, test images", xlabel="AUROC (0.5 = chance, 1 = perfect)", grid="x")
     return ax
+
+
+def _with_kind(name: str, kind: str) -> str:
+    return name if f"{kind} split" in name else f"{name}, {kind} split"
 
 
 def plot_roc(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
