@@ -6,7 +6,7 @@ import pytest
 from sklearn import metrics
 
 from workbench import WorkbenchError
-from workbench.analysis import evaluation
+from workbench.analysis import evaluation, resampling
 
 FINDINGS = ["Mass", "Edema", "Hernia"]
 
@@ -46,22 +46,24 @@ def test_auroc_at_its_limits():
 def test_resamples_agree_with_scikit_learns_weights(levels):
     labels, scores, patients = make_predictions(levels=levels, seed=3)
     resamples, seed = 12, 5
-    areas = evaluation.bootstrap_auroc(labels, scores, patients, resamples=resamples, seed=seed)
-    weights = evaluation._draw(np.random.default_rng(seed), patients.nunique(), resamples)
+    areas, precisions = resampling.bootstrap_areas(labels, scores, patients, resamples=resamples, seed=seed)
+    ((_, weights),) = resampling.draw_patients(patients.nunique(), resamples=resamples, seed=seed)
     assert (weights.sum(axis=0) == patients.nunique()).all()
     for resample in range(resamples):
         weight = weights[patients.to_numpy(), resample]
         for column, name in enumerate(FINDINGS):
             expected = metrics.roc_auc_score(labels[name], scores[name], sample_weight=weight)
             assert areas[resample, column] == pytest.approx(expected, abs=1e-9)
+            expected = metrics.average_precision_score(labels[name], scores[name], sample_weight=weight)
+            assert precisions[resample, column] == pytest.approx(expected, abs=1e-9)
 
 
 def test_resamples_are_the_same_by_seed_and_not_by_what_stands_beside():
     labels, scores, patients = make_predictions()
-    areas = evaluation.bootstrap_auroc(labels, scores, patients, resamples=120, seed=1)
-    again = evaluation.bootstrap_auroc(labels[["Edema"]], scores[["Edema"]], patients, resamples=120, seed=1)
+    areas = resampling.bootstrap_areas(labels, scores, patients, resamples=120, seed=1)[0]
+    again = resampling.bootstrap_areas(labels[["Edema"]], scores[["Edema"]], patients, resamples=120, seed=1)[0]
     np.testing.assert_array_equal(areas[:, 1], again[:, 0])
-    other = evaluation.bootstrap_auroc(labels, scores, patients, resamples=120, seed=2)
+    other = resampling.bootstrap_areas(labels, scores, patients, resamples=120, seed=2)[0]
     assert not np.array_equal(areas, other)
 
 
@@ -107,7 +109,7 @@ def test_nothing_defined_gives_nan_and_no_error():
 
 def test_mean_takes_the_mean_in_each_resample():
     labels, scores, patients = make_predictions()
-    areas = evaluation.bootstrap_auroc(labels, scores, patients, resamples=100, seed=4).mean(axis=1)
+    areas = resampling.bootstrap_areas(labels, scores, patients, resamples=100, seed=4)[0].mean(axis=1)
     mean = evaluation.mean_auroc(labels, scores, patients, resamples=100, seed=4)
     assert [mean["ci_low"], mean["ci_high"]] == pytest.approx(np.quantile(areas, [0.025, 0.975]))
 
@@ -115,7 +117,7 @@ def test_mean_takes_the_mean_in_each_resample():
 def test_resamples_without_a_positive_are_left_out():
     label = pd.DataFrame({"Mass": np.r_[1, np.zeros(29)].astype("uint8")})
     score = pd.DataFrame({"Mass": np.linspace(0.9, 0.1, 30)})
-    areas = evaluation.bootstrap_auroc(label, score, pd.Series(range(30)), resamples=200)
+    areas = resampling.bootstrap_areas(label, score, pd.Series(range(30)), resamples=200)[0]
     assert 0.2 < np.isnan(areas).mean() < 0.55  # the share of resamples without one patient of 30: 0.36
     table = evaluation.auroc_table(label, score, pd.Series(range(30)), resamples=200)
     assert table.loc["Mass", ["auroc", "ci_low", "ci_high"]].tolist() == [1, 1, 1]
@@ -171,37 +173,6 @@ def test_roc_curve_agrees_with_scikit_learn():
     )
 
 
-def test_thresholds_come_from_validation_and_are_scored_on_test():
-    val_labels = pd.DataFrame({"Mass": [0, 0, 0, 1, 1]})
-    val_scores = pd.DataFrame({"Mass": [0.1, 0.2, 0.6, 0.5, 0.9]})
-    test_labels = pd.DataFrame({"Mass": [1, 1, 1, 0, 0, 0, 0]})
-    test_scores = pd.DataFrame({"Mass": [0.5, 0.7, 0.4, 0.5, 0.1, 0.2, 0.3]})
-    row = evaluation.threshold_table(val_labels, val_scores, test_labels, test_scores).loc["Mass"]
-    # From 0.5 on: all positives and one of three negatives of validation, J = 2/3.
-    assert row.to_dict() == pytest.approx(
-        {"threshold": 0.5, "sensitivity": 2 / 3, "specificity": 3 / 4, "ppv": 2 / 3, "npv": 3 / 4}
-    )
-
-
-def test_thresholds_where_a_class_is_absent():
-    labels, scores, _ = make_predictions()
-    table = evaluation.threshold_table(labels * [0, 1, 1], scores, labels * [1, 0, 1], scores)
-    assert table.loc["Mass"].isna().all()
-    assert np.isnan(table.loc["Edema", "sensitivity"])
-    assert 0 < table.loc["Edema", "specificity"] < 1
-    assert table.loc["Hernia"].notna().all()
-
-
-def test_calibration_of_a_calibrated_model():
-    generator = np.random.default_rng(0)
-    scores = pd.DataFrame({"Mass": generator.random(20_000)})
-    labels = (scores > generator.random((20_000, 1))).astype("uint8")
-    table = evaluation.calibration_table(labels, scores)
-    assert table["images"].sum() == 20_000
-    assert len(table) == 10
-    assert (table["predicted"] - table["observed"]).abs().max() < 0.04
-
-
 def test_best_and_worst_are_the_surest():
     labels = pd.DataFrame({"Mass": [1, 1, 1, 0, 0, 0]})
     scores = pd.DataFrame({"Mass": [0.9, 0.5, 0.1, 0.8, 0.4, 0.2]})
@@ -217,8 +188,31 @@ def test_tables_of_different_findings_are_refused():
     labels, scores, patients = make_predictions()
     with pytest.raises(WorkbenchError, match="different findings"):
         evaluation.auroc_table(labels, scores[["Mass", "Edema"]], patients)
-    with pytest.raises(WorkbenchError, match="different findings"):
-        evaluation.threshold_table(labels, scores, labels[FINDINGS[::-1]], scores[FINDINGS[::-1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, s, p: (t, s.mask(np.arange(len(s))[:, None] == [4, -1, -1]), p), "1 scores of `Mass` are missing"),
+        (lambda t, s, p: (t.replace(1, 2), s, p), "The labels of `Mass` are not all 0 or 1"),
+        (lambda t, s, p: (t, s, p.head(7)), "240 images have labels, 240 scores and 7 patients"),
+        (lambda t, s, p: (t, s.head(9), p), "240 images have labels, 9 scores"),
+        (lambda t, s, p: (t, s, p.where(p > 3)), "Some images have no patient"),
+        (lambda t, s, p: (t, s[FINDINGS[::-1]], p), "different findings"),
+    ],
+)
+def test_tables_that_cannot_be_true_are_refused(change, message):
+    tables = change(*make_predictions())
+    with pytest.raises(WorkbenchError, match=message):
+        evaluation.auroc_table(*tables, resamples=2)
+    with pytest.raises(WorkbenchError, match=message):
+        evaluation.mean_auroc(*tables, resamples=2)
+
+
+def test_images_on_both_sides_are_refused():
+    evaluation.check_apart(pd.Series(["a", "b"]), pd.Series(["c"]))
+    with pytest.raises(WorkbenchError, match="1 images are in validation and test alike, such as b"):
+        evaluation.check_apart(pd.Series(["a", "b"]), pd.Series(["b", "c"]))
 
 
 @pytest.fixture

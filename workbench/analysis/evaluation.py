@@ -17,11 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_array
 
 from workbench import WorkbenchError
-
-_AT_ONCE = 100  # resamples held in memory together; a constant, so that a seed always gives the same numbers
+from workbench.analysis import delong, resampling
 
 
 def read_predictions(path: str | os.PathLike) -> tuple[pd.DataFrame, pd.DataFrame, pd.Series, pd.Series]:
@@ -86,43 +84,10 @@ def auroc(label: np.ndarray, score: np.ndarray) -> float:
     return float(beaten.sum() / (2 * positives * negatives))
 
 
-def bootstrap_auroc(
-    labels: pd.DataFrame, scores: pd.DataFrame, patients: pd.Series, *, resamples: int = 1000, seed: int = 0
-) -> np.ndarray:
-    """The AUROC of every finding in resamples of the patients, drawn with replacement.
-
-    A resample weights every image by how often its patient was drawn; all findings share the resamples, so
-    that means over findings can be taken resample by resample. Exact, ties included.
-
-    Args:
-        labels: (n, K), 0 or 1.
-        scores: (n, K), the same columns.
-        patients: (n,), whom each image shows.
-        resamples: how many.
-        seed: the same seed gives the same resamples.
-
-    Returns:
-        (resamples, K); NaN where a resample lacks one class.
-    """
-    _check(labels, scores)
-    patient, names = pd.factorize(np.asarray(patients))
-    ranked = [
-        _rank(labels[finding].to_numpy(bool), scores[finding].to_numpy(float), patient, len(names))
-        for finding in labels.columns
-    ]
-    generator = np.random.default_rng(seed)
-    areas = np.full((resamples, len(ranked)), np.nan)
-    for start in range(0, resamples, _AT_ONCE):
-        weights = _draw(generator, len(names), min(_AT_ONCE, resamples - start))
-        for column, matrices in enumerate(ranked):
-            areas[start : start + weights.shape[1], column] = _weighted_auroc(*matrices, weights)
-    return areas
-
-
 def auroc_table(
     labels: pd.DataFrame, scores: pd.DataFrame, patients: pd.Series, *, resamples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """The AUROC of every finding with its 95 % interval.
+    """The AUROC and the average precision of every finding with their 95 % intervals.
 
     Args:
         labels: (n, K), 0 or 1.
@@ -133,29 +98,45 @@ def auroc_table(
         seed: the same seed gives the same interval.
 
     Returns:
-        Index `finding`; `auroc`, `ci_low`, `ci_high`, `positives`, `negatives`, `average_precision`. Where
-        one class is absent, the areas are NaN.
+        Index `finding`; `auroc`, `ci_low`, `ci_high`, `positives`, `negatives`; `delong_low` and `delong_high`,
+        DeLong's interval by patient, as a cross-check; `average_precision`, `ap_ci_low`, `ap_ci_high`. Where one class
+        is absent, the areas are NaN.
+
+    Raises:
+        WorkbenchError: the tables do not fit each other, or hold what is no label, score or patient.
     """
-    areas = bootstrap_auroc(labels, scores, patients, resamples=resamples, seed=seed)
+    check_tables(labels, scores, patients)
+    areas, precisions = resampling.bootstrap_areas(labels, scores, patients, resamples=resamples, seed=seed)
     rows = {}
     for column, finding in enumerate(labels.columns):
         label, score = labels[finding].to_numpy(bool), scores[finding].to_numpy(float)
-        low, high = _interval(areas[:, column])
+        low, high = resampling.interval(areas[:, column])
+        ap_low, ap_high = resampling.interval(precisions[:, column])
+        delong_low, delong_high = delong.interval(label, score, patients)
         rows[finding] = {
             "auroc": auroc(label, score),
             "ci_low": low,
             "ci_high": high,
             "positives": int(label.sum()),
             "negatives": int((~label).sum()),
-            "average_precision": _average_precision(label, score),
+            "delong_low": delong_low,
+            "delong_high": delong_high,
+            "average_precision": average_precision(label, score),
+            "ap_ci_low": ap_low,
+            "ap_ci_high": ap_high,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("finding")
+
+
+def undefined_findings(labels: pd.DataFrame) -> list[str]:
+    """The findings of which one class is absent: they have no AUROC, and stay out of every mean."""
+    return [name for name in labels.columns if labels[name].nunique() < 2]
 
 
 def mean_auroc(
     labels: pd.DataFrame, scores: pd.DataFrame, patients: pd.Series, *, resamples: int = 1000, seed: int = 0
 ) -> dict:
-    """The mean AUROC over the findings that have one, with its 95 % interval.
+    """The mean AUROC and average precision over the findings that have one, with their 95 % intervals.
 
     Args:
         labels: (n, K), 0 or 1.
@@ -166,19 +147,30 @@ def mean_auroc(
         seed: the same seed gives the same interval.
 
     Returns:
-        `auroc`, `ci_low`, `ci_high`, `findings` (how many are in the mean), `undefined` (names of those that
-        are not, because one class is absent). NaN where there is nothing to take a mean of.
+        `auroc`, `ci_low`, `ci_high`, `average_precision`, `ap_ci_low`, `ap_ci_high`, `findings` (how many are in the
+        mean), `undefined` (names of those that are not, because one class is absent). NaN where there is nothing to
+        take a mean of.
     """
-    points = pd.Series({name: auroc(labels[name], scores[name]) for name in labels.columns}, dtype=float)
-    known = points.notna().to_numpy()
-    areas = bootstrap_auroc(labels, scores, patients, resamples=resamples, seed=seed)[:, known]
-    low, high = _interval(areas.mean(axis=1)) if known.any() else (float("nan"), float("nan"))
+    check_tables(labels, scores, patients)
+    undefined = undefined_findings(labels)
+    known = [name for name in labels.columns if name not in undefined]
+    areas, precisions = resampling.bootstrap_areas(
+        labels[known], scores[known], patients, resamples=resamples, seed=seed
+    )
+    nothing = float("nan"), float("nan")
+    low, high = resampling.interval(areas.mean(axis=1)) if known else nothing
+    ap_low, ap_high = resampling.interval(precisions.mean(axis=1)) if known else nothing
     return {
-        "auroc": float(points.mean()),
+        "auroc": float(np.mean([auroc(labels[name], scores[name]) for name in known])) if known else nothing[0],
         "ci_low": low,
         "ci_high": high,
-        "findings": int(known.sum()),
-        "undefined": list(points.index[~known]),
+        "average_precision": float(np.mean([average_precision(labels[name], scores[name]) for name in known]))
+        if known
+        else nothing[0],
+        "ap_ci_low": ap_low,
+        "ap_ci_high": ap_high,
+        "findings": len(known),
+        "undefined": undefined,
     }
 
 
@@ -192,7 +184,7 @@ def roc_table(labels: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """
     curves = []
     for finding, label, score in _defined(labels, scores):
-        threshold, true, false = _curve(label, score)
+        threshold, true, false = curve(label, score)
         true, false = np.r_[0, true], np.r_[0, false]
         corner = np.ones(len(true), dtype=bool)
         corner[1:-1] = (np.diff(true, 2) != 0) | (np.diff(false, 2) != 0)
@@ -215,7 +207,7 @@ def precision_recall_table(labels: pd.DataFrame, scores: pd.DataFrame) -> pd.Dat
     """
     curves = []
     for finding, label, score in _defined(labels, scores):
-        threshold, true, false = _curve(label, score)
+        threshold, true, false = curve(label, score)
         precision = true / (true + false)
         ends = np.ones(len(true), dtype=bool)  # of runs of equal recall: what lies between is on a vertical line
         ends[1:-1] = (np.diff(true)[:-1] > 0) | (np.diff(true)[1:] > 0)
@@ -227,56 +219,6 @@ def precision_recall_table(labels: pd.DataFrame, scores: pd.DataFrame) -> pd.Dat
         }
         curves.append(pd.DataFrame(columns))
     return _join(curves, ["finding", "recall", "precision", "threshold"])
-
-
-def threshold_table(
-    val_labels: pd.DataFrame, val_scores: pd.DataFrame, test_labels: pd.DataFrame, test_scores: pd.DataFrame
-) -> pd.DataFrame:
-    """A threshold per finding, chosen on the validation images, and how it does on the test images.
-
-    The threshold maximises Youden's J = sensitivity + specificity - 1 (Youden 1950). Choosing and scoring on
-    the same images would flatter it.
-
-    Returns:
-        Index `finding`; `threshold` (called positive from this score on) and on test `sensitivity`,
-        `specificity`, `ppv` and `npv` (positive and negative predictive value). NaN where a class is absent.
-    """
-    _check(val_labels, val_scores)
-    _check(test_labels, test_scores)
-    _check(val_labels, test_labels)
-    rows = {}
-    for finding in val_labels.columns:
-        label, score = val_labels[finding].to_numpy(bool), val_scores[finding].to_numpy(float)
-        chosen = float("nan")
-        if label.any() and not label.all():
-            threshold, true, false = _curve(label, score)
-            chosen = threshold[np.argmax(true / true[-1] - false / false[-1])]
-        truth, called = test_labels[finding].to_numpy(bool), test_scores[finding].to_numpy(float) >= chosen
-        known = np.isfinite(chosen)
-        rows[finding] = {
-            "threshold": chosen,
-            "sensitivity": _share(called[truth]) if known else np.nan,
-            "specificity": _share(~called[~truth]) if known else np.nan,
-            "ppv": _share(truth[called]) if known else np.nan,
-            "npv": _share(~truth[~called]) if known else np.nan,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("finding")
-
-
-def calibration_table(labels: pd.DataFrame, scores: pd.DataFrame, *, groups: int = 10) -> pd.DataFrame:
-    """The mean score and the observed share of each finding, in groups of images of rising score.
-
-    Returns:
-        Long: `finding`, `predicted` and `observed` (0 to 1), `images`. The groups are of (nearly) equal size.
-    """
-    _check(labels, scores)
-    rows = []
-    for finding in labels.columns:
-        order = np.argsort(scores[finding].to_numpy(), kind="stable")
-        label, score = labels[finding].to_numpy()[order], scores[finding].to_numpy()[order]
-        for part in np.array_split(np.arange(len(order)), min(groups, len(order))):
-            rows.append((finding, score[part].mean(), label[part].mean(), len(part)))
-    return pd.DataFrame(rows, columns=["finding", "predicted", "observed", "images"])
 
 
 def best_and_worst(
@@ -307,10 +249,41 @@ def best_and_worst(
     return pd.concat(parts, ignore_index=True)[["case", "image", "label", "score"]]
 
 
-def _check(labels: pd.DataFrame, scores: pd.DataFrame) -> None:
+def check_tables(labels: pd.DataFrame, scores: pd.DataFrame, patients: pd.Series | None = None) -> None:
+    """Refuse tables that do not belong together or hold what cannot be.
+
+    Raises:
+        WorkbenchError: other findings, other numbers of images, a label that is not 0 or 1, a score or a patient that
+        is
+            missing.
+    """
     if list(labels.columns) != list(scores.columns):
         odd = [*labels.columns.symmetric_difference(scores.columns)] or "their order"
         raise WorkbenchError(f"Two tables hold different findings ({odd}): take both from the same run.")
+    if len(labels) != len(scores) or (patients is not None and len(patients) != len(labels)):
+        counts = f"{len(labels)} images have labels, {len(scores)} scores"
+        counts += "" if patients is None else f" and {len(patients)} patients"
+        raise WorkbenchError(f"{counts}: take all from the same table of predictions.")
+    for finding in labels.columns:
+        if not labels[finding].isin([0, 1]).all():
+            raise WorkbenchError(f"The labels of `{finding}` are not all 0 or 1: give 1 where it is shown, else 0.")
+        if scores[finding].isna().any():
+            raise WorkbenchError(
+                f"{int(scores[finding].isna().sum())} scores of `{finding}` are missing (NaN): predict again, or leave "
+                "those images out of both tables."
+            )
+    if patients is not None and pd.isna(np.asarray(patients)).any():
+        raise WorkbenchError("Some images have no patient, by whom they are resampled: give each image one.")
+
+
+def check_apart(one: pd.Series, other: pd.Series, *, what: str = "validation and test") -> None:
+    """Refuse two tables of predictions that share an image. Raises a WorkbenchError that names one."""
+    shared = sorted(set(one) & set(other))
+    if shared:
+        raise WorkbenchError(
+            f"{len(shared)} images are in {what} alike, such as {shared[0]}: what is fitted on an image must not be "
+            "scored on it; give two splits."
+        )
 
 
 def _refuse(path: Path, column: pd.Series, wrong: pd.Series, rule: str) -> None:
@@ -323,7 +296,7 @@ def _refuse(path: Path, column: pd.Series, wrong: pd.Series, rule: str) -> None:
 
 def _defined(labels: pd.DataFrame, scores: pd.DataFrame):
     """Label and score of every finding of which both classes occur."""
-    _check(labels, scores)
+    check_tables(labels, scores)
     for finding in labels.columns:
         label = labels[finding].to_numpy(bool)
         if label.any() and not label.all():
@@ -334,7 +307,7 @@ def _join(curves: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
     return pd.concat(curves, ignore_index=True)[columns] if curves else pd.DataFrame(columns=columns)
 
 
-def _curve(label: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def curve(label: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distinct scores, falling, and how many positives and negatives are called positive from each on."""
     order = np.argsort(-score, kind="stable")
     label, score = label[order], score[order]
@@ -343,61 +316,15 @@ def _curve(label: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return score[last], true, last + 1 - true
 
 
-def _average_precision(label: np.ndarray, score: np.ndarray) -> float:
-    """Precision, averaged over the positives as they are found; NaN if one class is absent."""
+def average_precision(label: np.ndarray, score: np.ndarray) -> float:
+    """Precision, averaged over the positives as they are found; NaN if one class is absent.
+
+    Args:
+        label: (n,), 0 or 1.
+        score: (n,), higher means more likely positive.
+    """
+    label, score = np.asarray(label, dtype=bool), np.asarray(score)
     if not label.any() or label.all():
         return float("nan")
-    _, true, false = _curve(label, score)
+    _, true, false = curve(label, score)
     return float(np.sum(np.diff(np.r_[0, true]) * true / (true + false)) / true[-1])
-
-
-def _share(yes: np.ndarray) -> float:
-    return float(yes.mean()) if len(yes) else float("nan")
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _draw(generator: np.random.Generator, patients: int, resamples: int) -> np.ndarray:
-    """How often each patient is drawn: (patients, resamples), every column summing to `patients`."""
-    drawn = generator.integers(patients, size=(resamples, patients))
-    flat = drawn + patients * np.arange(resamples)[:, None]
-    counts = np.bincount(flat.ravel(), minlength=patients * resamples).reshape(resamples, patients)
-    return np.ascontiguousarray(counts.T, dtype=float)
-
-
-def _rank(label: np.ndarray, score: np.ndarray, patient: np.ndarray, patients: int) -> tuple[csr_array, csr_array]:
-    """Count positives and negatives by rank and patient, so that a resample needs no sorting.
-
-    Only the P distinct scores that positives have matter as ranks. Row k of the first matrix counts the
-    positives at the k-th of them. Of the second, row 2k + 1 counts the negatives at that score, and row 2k
-    those between it and the one below; row 2P those above the last.
-    """
-    levels = np.unique(score[label])
-    below = np.searchsorted(levels, score, side="left")
-    tied = np.searchsorted(levels, score, side="right") > below
-
-    def count(rows: np.ndarray, who: np.ndarray, height: int) -> csr_array:
-        return csr_array((np.ones(len(rows)), (rows, who)), shape=(height, patients))
-
-    negative_rows = (2 * below + tied)[~label]
-    return (
-        count(below[label], patient[label], len(levels)),
-        count(negative_rows, patient[~label], 2 * len(levels) + 1),
-    )
-
-
-def _weighted_auroc(positives: csr_array, negatives: csr_array, weights: np.ndarray) -> np.ndarray:
-    """AUROC under each column of patient weights; all sums are of whole numbers, hence exact."""
-    found = positives @ weights
-    passed = np.cumsum(negatives @ weights, axis=0)
-    # A positive beats the negatives below its score and half of those at it.
-    beaten = (passed[:-1:2] + passed[1::2]) / 2
-    pairs = found.sum(axis=0) * passed[-1]
-    won = np.einsum("kr,kr->r", found, beaten)
-    return np.divide(won, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
