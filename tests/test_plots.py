@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.analysis import evaluation, plots, published, scaling
+from workbench.analysis import calibration, comparison, evaluation, plots, published, scaling, subgroups, thresholds
 
 FINDINGS = list(published.published_auroc().index)
 
@@ -207,7 +207,7 @@ def test_curves_give_each_finding_its_area(predictions):
 
 def test_calibration_draws_each_finding(predictions):
     labels, scores, _ = predictions
-    axes = plots.plot_calibration(evaluation.calibration_table(labels, scores))
+    axes = plots.plot_calibration(calibration.calibration_table(labels, scores))
     assert [ax.get_title(loc="left") for ax in axes][-2:] == ["Pleural Thickening", "Hernia"]
 
 
@@ -250,3 +250,36 @@ def test_charts_draw_on_the_axes_they_are_given(prevalence, measured):
         left,
         right,
     ]
+
+
+def test_a_comparison_says_which_differences_are_sure(predictions):
+    labels, scores, patients = predictions
+    images = pd.Series([f"{n}.png" for n in range(len(labels))])
+    worse = scores.copy()
+    worse["Mass"] = 1 - worse["Mass"]
+    labels = labels.assign(Hernia=0)
+    table = comparison.compare_predictions(
+        (labels, worse, images, patients), (labels, scores, images, patients), resamples=50
+    )
+    ax = plots.plot_comparison(table, first="one-run", second="another-run")
+    rows = [label.get_text() for label in ax.get_yticklabels()]
+    assert rows[0] == "Mass"
+    assert rows[-1] == "mean"
+    assert "undefined: one class absent" in texts(ax)
+    assert f"{table.loc['Mass', 'difference']:+.3f}" in " ".join(texts(ax))
+    assert_apart(ax.get_yticklabels() + ax.texts, ax.figure)
+
+
+def test_operating_points_and_subgroups_name_every_row(predictions):
+    labels, scores, patients = predictions
+    chosen = thresholds.fit_thresholds(labels, scores)
+    table = thresholds.score_thresholds(chosen, labels, scores, patients, resamples=20)
+    axes = plots.plot_operating_points(table)
+    assert len(axes) == 4
+    assert len(axes[0].get_yticklabels()) == len(table)
+    assert_apart(axes[0].get_yticklabels(), axes[0].figure)
+    groups = pd.DataFrame({"sex": np.where(patients % 2, "female", "male")})
+    told = subgroups.subgroup_table(labels, scores, patients, groups, resamples=20)
+    ax = plots.plot_subgroups(told)
+    assert [label.get_text().split("\n")[0] for label in ax.get_yticklabels()] == ["female", "male"]
+    assert_apart(ax.get_yticklabels() + ax.texts, ax.figure)

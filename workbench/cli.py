@@ -71,6 +71,31 @@ def _runs(options: argparse.Namespace) -> None:
     print(table.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"))
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from workbench import runs
+    from workbench.analysis import comparison, evaluation, plots
+
+    root, sides = runs.project_root(), []
+    for named in (options.first, options.second):
+        files = [runs.find_run(root, name, having=f"predictions-{options.split}.csv") for name in named.split("+")]
+        read = [evaluation.read_predictions(folder / f"predictions-{options.split}.csv") for folder in files]
+        sides.append(comparison.average_predictions(read))
+    table = comparison.compare_predictions(*sides, resamples=options.resamples, seed=options.seed)
+    print(table.to_string(float_format=lambda value: f"{value:.4f}", na_rep=""))
+    mean, images = table.loc["mean"], len(sides[0][2])
+    print(
+        f"mean AUROC on {images:,} {options.split} images: {options.first} {mean['first']:.4f}, {options.second} "
+        f"{mean['second']:.4f}, difference {mean['difference']:+.4f} (95 % interval {mean['ci_low']:+.4f} to "
+        f"{mean['ci_high']:+.4f})"
+    )
+    name = f"compare-{options.first}"
+    axes = plots.plot_comparison(table, first=options.first, second=options.second)
+    runs.save_figure(axes, files[-1], name)
+    with runs.written_whole(files[-1] / "figures" / f"{name}.csv") as part:
+        table.to_csv(part)
+    print(files[-1] / "figures" / f"{name}.png")
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from workbench import doctor
 
@@ -119,6 +144,20 @@ def _parser() -> argparse.ArgumentParser:
     all_runs = commands.add_parser("runs", help="all runs as a table, the newest first")
     all_runs.add_argument("--html", action="store_true", help="write them as a page, results/index.html, with links")
     all_runs.set_defaults(call=_runs)
+
+    compare = commands.add_parser(
+        "compare",
+        help="how much better one run reads than another, with intervals",
+        description="Compare two runs on the same images: AUROC differences with paired intervals over patients,
+        DeLong's " "test, Holm's correction, and a chart in the second run's folder. Runs joined by + are averaged
+        first, so " "`workbench compare a a+b+c` shows what an ensemble gains.",
+    )
+    compare.add_argument("first", metavar="RUN", help="a run, or several joined by +")
+    compare.add_argument("second", metavar="RUN", help="the run that is held against it, or several joined by +")
+    compare.add_argument("--split", default="test", choices=("test", "val"), help="of which images (default: test)")
+    compare.add_argument("--resamples", type=int, default=1000, help="of the patients (default: 1000)")
+    compare.add_argument("--seed", type=int, default=0, help="the same seed, the same intervals (default: 0)")
+    compare.set_defaults(call=_compare)
 
     doctor = commands.add_parser("doctor", help="what this machine can do, and what is missing")
     doctor.set_defaults(call=_doctor)

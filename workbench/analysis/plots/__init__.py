@@ -20,7 +20,13 @@ from workbench.analysis.plots.dataset import (
     plot_prevalence,
     plot_split_shift,
 )
-from workbench.analysis.plots.evaluation import plot_auroc, plot_calibration, plot_precision_recall, plot_roc
+from workbench.analysis.plots.evaluation import plot_auroc, plot_precision_recall, plot_roc
+from workbench.analysis.plots.judgement import (
+    plot_calibration,
+    plot_comparison,
+    plot_operating_points,
+    plot_subgroups,
+)
 from workbench.analysis.plots.scaling import plot_efficiency, plot_throughput, plot_time_to_train
 from workbench.analysis.plots.training import plot_history
 from workbench.analysis.plots.walls import plot_radiographs
@@ -28,16 +34,19 @@ from workbench.analysis.plots.walls import plot_radiographs
 __all__ = [
     "plot_auroc",
     "plot_calibration",
+    "plot_comparison",
     "plot_cooccurrence",
     "plot_demographics",
     "plot_efficiency",
     "plot_history",
     "plot_images_per_patient",
+    "plot_operating_points",
     "plot_precision_recall",
     "plot_prevalence",
     "plot_radiographs",
     "plot_roc",
     "plot_split_shift",
+    "plot_subgroups",
     "plot_throughput",
     "plot_time_to_train",
 ]

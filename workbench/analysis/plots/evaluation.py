@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import offset_copy
 
 from workbench.analysis.plots.style import BLUE, GREY, INK, PALE, VERMILLION, dress, one_panel, panels, readable
@@ -122,31 +121,6 @@ def plot_precision_recall(table: pd.DataFrame, *, ax: Sequence[Axes] | None = No
         )  # fmt: skip
     title = "Precision and recall; the figures are average precision and, in brackets, prevalence (dashed)"
     axes[0].figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
-    return axes
-
-
-def plot_calibration(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> np.ndarray:
-    """Draw the observed share of each finding by the mean score, group by group of images.
-
-    Args:
-        table: long, columns `finding`, `predicted`, `observed`, `images`.
-        ax: one axes per finding.
-    """
-    findings = table.groupby("finding", sort=False)
-    axes = panels(ax, findings.ngroups, columns=5, height=2.05 * -(-findings.ngroups // 5) + 0.4)
-    for panel, (finding, groups) in zip(axes, findings, strict=True):
-        top = 1.08 * max(groups["predicted"].max(), groups["observed"].max(), 1e-3)
-        panel.plot([0, top], [0, top], color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
-        panel.plot(groups["predicted"], groups["observed"], color=BLUE, marker="o", markersize=4, linewidth=1.4)
-        panel.set(xlim=(0, top), ylim=(0, top), box_aspect=1)
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_locator(MaxNLocator(3))
-            axis.set_major_formatter(PercentFormatter(1, decimals=0 if top > 0.06 else 1))
-        dress(panel, readable([finding])[0], grid="both", small=True)
-    figure = axes[0].figure
-    figure.suptitle("Calibration: ideal on the dashed line", x=0.01, ha="left", fontsize=11, color=INK)
-    figure.supxlabel("mean score", fontsize=9.5, color=INK)
-    figure.supylabel("images with the finding", fontsize=9.5, color=INK)
     return axes
 
 
