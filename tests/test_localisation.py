@@ -118,6 +118,7 @@ def test_a_table_worked_by_hand():
     assert (mass["boxes"], mass["images"], nodule["boxes"], nodule["images"]) == (3, 3, 2, 1)
     assert mass["pointing"] == pytest.approx(1 / 3)
     assert nodule["pointing"] == 1
+    assert (mass["blank"], nodule["blank"]) == (pytest.approx(1 / 3), 0)
     assert mass["chance"] == pytest.approx((16 / 64 + 4 / 64 + 1) / 3)
     assert nodule["chance"] == pytest.approx((4 + 6) / 64)
     assert mass["iobb_0.5"] == pytest.approx(2 / 3)  # a's, and b's half

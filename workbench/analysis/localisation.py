@@ -38,12 +38,14 @@ class HeatMaps:
         maps: (n, h, w) float32 in [0, 1], each with the maximum 1 or all zero, in the order of the table.
         image_size: side of the square that the network saw, in pixels.
         stored_size: side of the square whose centre that is, in pixels.
+        rectified: whether negative evidence was cut off, which leaves maps of zeros where the score is low.
     """
 
     table: pd.DataFrame
     maps: np.ndarray
     image_size: int
     stored_size: int
+    rectified: bool = True
 
 
 def read_heat_maps(path: str | os.PathLike) -> HeatMaps:
@@ -60,7 +62,8 @@ def read_heat_maps(path: str | os.PathLike) -> HeatMaps:
         with np.load(path, allow_pickle=False) as file:
             table = pd.DataFrame({"image": file["images"], "finding": file["findings"], "score": file["scores"]})
             maps = file["maps"].astype(np.float32)
-            return HeatMaps(table, maps, int(file["image_size"]), int(file["stored_size"]))
+            sizes = int(file["image_size"]), int(file["stored_size"])
+            return HeatMaps(table, maps, *sizes, bool(file["rectified"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise WorkbenchError(f"{path} is not a file of heat maps ({error}): compute them again.") from None
 
@@ -157,10 +160,11 @@ def localisation_table(
         overlaps: the least IoBB, T, at which a box counts as found.
 
     Returns:
-        A row per finding: boxes, images, pointing (share of the images whose hottest point is in a box), pointing_low
-        and pointing_high (Wilson's 95 % interval, images taken as independent), chance (mean share of the image in the
-        boxes), and for every T `iobb_T` (share of the boxes with a detection of that IoBB) and `false_positives_T`
-        (detections per image that reach T with no box of the finding).
+        A row per finding: boxes, images, blank (share of the images whose map is all zero, which is a miss), pointing
+        (share of the images whose hottest point is in a box), pointing_low and pointing_high (Wilson's 95 % interval,
+        images taken as independent), chance (mean share of the image in the boxes), and for every T `iobb_T` (share
+        of the boxes with a detection of that IoBB) and `false_positives_T` (detections per image that reach T with no
+        box of the finding).
 
     Raises:
         WorkbenchError: no box has a map.
@@ -182,7 +186,8 @@ def localisation_table(
         )
     groups = pd.DataFrame(rows).groupby("finding", sort=False)
     total, images = groups.sum(), groups.size()
-    table = pd.DataFrame({"boxes": total["boxes"], "images": images, "pointing": total["hit"] / images})
+    table = pd.DataFrame({"boxes": total["boxes"], "images": images, "blank": total["blank"] / images})
+    table["pointing"] = total["hit"] / images
     table["pointing_low"], table["pointing_high"] = wilson_interval(total["hit"], images)
     table["chance"] = total["covered"] / images
     for overlap in overlaps:
@@ -193,11 +198,12 @@ def localisation_table(
 
 
 def wilson_interval(successes, trials, *, z: float = 1.959964) -> tuple:
-    """Wilson's score interval of a share (1927); its ends lie in [0, 1], also for none or all of few trials."""
+    """Wilson's score interval of a share (1927), low and high in [0, 1]; fair for none or all of few trials too."""
     share, spread = successes / trials, z**2 / trials
     centre = share + spread / 2
     half = z * np.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    # Rounding alone would bring an end to -1e-17.
+    return np.clip((centre - half) / (1 + spread), 0, 1), np.clip((centre + half) / (1 + spread), 0, 1)
 
 
 def _score(heat: np.ndarray, drawn: np.ndarray, of: HeatMaps, tolerance: float, cuts, overlaps) -> dict:
@@ -206,6 +212,7 @@ def _score(heat: np.ndarray, drawn: np.ndarray, of: HeatMaps, tolerance: float, 
     point = hottest_point(heat, image_size=of.image_size)
     pixel = np.arange(of.image_size) + 0.5
     row = {
+        "blank": point is None,
         "hit": point is not None and bool(_inside(visible, *point, tolerance).any()),
         "covered": _inside(visible, pixel[:, None, None], pixel[:, None], tolerance).any(axis=-1).mean(),
     }

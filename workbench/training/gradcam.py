@@ -30,7 +30,12 @@ from workbench.training.config import TrainConfig
 
 
 def heat_maps(
-    model: keras.Model, radiographs: np.ndarray, columns: Sequence[int], *, batch_size: int = 32
+    model: keras.Model,
+    radiographs: np.ndarray,
+    columns: Sequence[int],
+    *,
+    rectify: bool = True,
+    batch_size: int = 32,
 ) -> np.ndarray:
     """Compute one heat map for each radiograph.
 
@@ -39,20 +44,28 @@ def heat_maps(
             by a sigmoid, over the pooled or flattened last feature map.
         radiographs: (n, H, W, 1) uint8, or whatever the model takes.
         columns: for each radiograph the output that is explained, n numbers from 0.
+        rectify: True cuts off what is negative, as Grad-CAM does; then a low score mostly has a map of zeros, since
+            nothing speaks for the finding. False scales each map from its coldest place to its hottest, as Wang et
+            al. 2017 do with theirs, so that every map says where the evidence is strongest or least against.
         batch_size: radiographs computed at once.
 
     Returns:
-        (n, h, w) float32 at the size of the last feature map, each map divided by its maximum, so in [0, 1]; all
-        zero where nothing speaks for the finding.
+        (n, h, w) float32 at the size of the last feature map, in [0, 1], the hottest place of each map 1;
+        all zero where nothing speaks for the finding (or, not rectified, where all places are alike).
 
     Raises:
         WorkbenchError: the model has no such end, or a column that it does not have.
     """
-    return explain(model, radiographs, columns, batch_size=batch_size)[0]
+    return explain(model, radiographs, columns, rectify=rectify, batch_size=batch_size)[0]
 
 
 def explain(
-    model: keras.Model, radiographs: np.ndarray, columns: Sequence[int], *, batch_size: int = 32
+    model: keras.Model,
+    radiographs: np.ndarray,
+    columns: Sequence[int],
+    *,
+    rectify: bool = True,
+    batch_size: int = 32,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`heat_maps`, and the score of each radiograph's finding: (n,) float32 in [0, 1]."""
     columns = np.asarray(columns, np.int32)
@@ -62,7 +75,7 @@ def explain(
             f"The columns {columns.tolist()[:8]} do not fit {len(radiographs)} radiographs and a model of {findings} "
             "findings: expected one for each radiograph, from 0."
         )
-    step, (height, width) = build_heat_map_step(model)
+    step, (height, width) = build_heat_map_step(model, rectify=rectify)
     maps, scores = [np.zeros((0, height, width), np.float32)], [np.zeros(0, np.float32)]
     for start in range(0, len(columns), batch_size):
         part = slice(start, start + batch_size)
@@ -72,7 +85,7 @@ def explain(
     return np.concatenate(maps), np.concatenate(scores)
 
 
-def build_heat_map_step(model: keras.Model) -> tuple[Callable, tuple[int, int]]:
+def build_heat_map_step(model: keras.Model, *, rectify: bool = True) -> tuple[Callable, tuple[int, int]]:
     """A compiled step, (B, H, W, 1) and (B,) columns to maps (B, h, w) and scores (B,); and height and width h, w."""
     bodies, head = split_network(model)
     head = _in_float32(head)
@@ -90,7 +103,8 @@ def build_heat_map_step(model: keras.Model) -> tuple[Callable, tuple[int, int]]:
             logits = tf.gather(_logits(head, features), columns, batch_dims=1)
         # The network is in inference, so no radiograph's logit depends on another's features.
         weights = tf.reduce_mean(tape.gradient(logits, features), axis=(1, 2), keepdims=True)
-        maps = tf.nn.relu(tf.reduce_sum(weights * features, axis=-1))
+        maps = tf.reduce_sum(weights * features, axis=-1)
+        maps = tf.nn.relu(maps) if rectify else maps - tf.reduce_min(maps, axis=(1, 2), keepdims=True)
         return tf.math.divide_no_nan(maps, tf.reduce_max(maps, axis=(1, 2), keepdims=True)), tf.sigmoid(logits)
 
     return step, tuple(bodies[-1].output_shape[1:3])
@@ -167,18 +181,24 @@ def _logits(head: list, features: tf.Tensor) -> tf.Tensor:
 
 
 def write_heat_maps(
-    config: TrainConfig, run_folder: str | os.PathLike, requests: Sequence[tuple[str, str]], *, batch_size: int = 32
+    config: TrainConfig,
+    run_folder: str | os.PathLike,
+    requests: Sequence[tuple[str, str]],
+    *,
+    rectify: bool = True,
+    batch_size: int = 32,
 ) -> dict:
     """Compute the heat maps of a run's kept epoch for images and findings, and write `heatmaps.npz`; on every rank.
 
     Each rank computes a slice of the requests. The file holds `images`, `findings` (n,) text, `maps` (n, h, w)
-    float16 in [0, 1], `scores` (n,) float32 in [0, 1], and the geometry that boxes need: the images were stored at
-    `stored_size` pixels squared, of which the network saw the centre, `image_size` squared.
+    float16 in [0, 1], `scores` (n,) float32 in [0, 1], `rectified`, and the geometry that boxes need: the images
+    were stored at `stored_size` pixels squared, of which the network saw the centre, `image_size` squared.
 
     Args:
         config: the run's settings, equal on all ranks.
         run_folder: a run that has `model.keras`.
         requests: (image, finding) pairs, by name, of any split. Each is computed once, in order of first mention.
+        rectify: see `heat_maps`.
         batch_size: radiographs computed at once.
 
     Returns:
@@ -199,7 +219,7 @@ def write_heat_maps(
     columns = [info["findings"].index(findings[i]) for i in mine]
     stored = shards.read_radiographs(config.shard_folder, [images[i] for i in mine])
     radiographs = pipeline.crop_centre(stored, image_size=config.image_size)
-    maps, scores = explain(model, radiographs, columns, batch_size=batch_size)
+    maps, scores = explain(model, radiographs, columns, rectify=rectify, batch_size=batch_size)
     # Horovod: uneven numbers of rows from every rank, joined in rank order, then put back as they were asked for.
     back = np.argsort(order)
     maps, scores = distributed.gather(maps)[back], distributed.gather(scores)[back]
@@ -214,6 +234,7 @@ def write_heat_maps(
                 scores=scores,
                 image_size=config.image_size,
                 stored_size=info["image_size"],
+                rectified=rectify,
             )
     return {"maps": len(maps), "height": maps.shape[1], "width": maps.shape[2], "mine": len(mine)}
 

@@ -21,9 +21,10 @@ from workbench.analysis.plots.dataset import (
     plot_split_shift,
 )
 from workbench.analysis.plots.evaluation import plot_auroc, plot_calibration, plot_precision_recall, plot_roc
+from workbench.analysis.plots.localisation import plot_localisation
 from workbench.analysis.plots.scaling import plot_efficiency, plot_throughput, plot_time_to_train
 from workbench.analysis.plots.training import plot_history
-from workbench.analysis.plots.walls import plot_radiographs
+from workbench.analysis.plots.walls import plot_heat_maps, plot_radiographs
 
 __all__ = [
     "plot_auroc",
@@ -31,8 +32,10 @@ __all__ = [
     "plot_cooccurrence",
     "plot_demographics",
     "plot_efficiency",
+    "plot_heat_maps",
     "plot_history",
     "plot_images_per_patient",
+    "plot_localisation",
     "plot_precision_recall",
     "plot_prevalence",
     "plot_radiographs",
