@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from workbench.analysis.localisation import upsample
 from workbench.analysis.plots.style import INK, ORANGE, SKY, WIDTH, panels, readable
 
-OPACITY = 0.65  # of the hottest place; below it the radiograph still shows
+OPACITY = 0.6  # of the hottest place; the radiograph has to show through
 
 
 def plot_radiographs(
@@ -95,14 +95,16 @@ def plot_heat_maps(
     titles = [f"{title}{line}" for title, line in zip(titles, cold, strict=True)]
     axes = plot_radiographs(images, titles, boxes=boxes, columns=columns, box_colour=SKY)
     colours = colormaps["inferno"](np.linspace(0, 1, 256))
-    colours[:, 3] = np.linspace(0, OPACITY, 256)
+    colours[:, 3] = OPACITY * np.linspace(0, 1, 256) ** 1.5  # lukewarm places stay nearly clear
+    figure = axes[0].figure
+    figure.set_figheight(figure.get_figheight() + 0.5)  # for the bar, which else would take it from the titles
     glow = ListedColormap(colours, name="glow")
     for panel, image, heat in zip(axes, images, maps, strict=True):
         enlarged = upsample(np.asarray(heat)[None], len(image))[0]
         # Above the radiograph, below the boxes.
         panel.imshow(enlarged, cmap=glow, vmin=0, vmax=1, zorder=0.5)
     over_grey = colours[:, :3] * colours[:, 3:] + 0.5 * (1 - colours[:, 3:])  # as it looks on a radiograph
-    bar = axes[0].figure.colorbar(
+    bar = figure.colorbar(
         ScalarMappable(cmap=ListedColormap(over_grey, name="glow over grey")),
         ax=list(axes),
         location="bottom",
