@@ -53,7 +53,7 @@ def plot_localisation(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) 
         panel.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
         panel.xaxis.set_major_formatter(PercentFormatter(1))
     dress(left, "Pointing game: is the hottest point in a box?", xlabel="images (number in brackets)", grid="x")
-    dress(right, "Boxes found by a detection, at each least IoBB", xlabel="boxes (number in brackets)", grid="x")
+    dress(right, "Boxes found, by least IoBB", xlabel="boxes (number in brackets)", grid="x")
     for panel in (left, right):
         below = offset_copy(panel.transAxes, panel.figure, y=-40, units="points")  # clear of the axis's label
         panel.legend(
