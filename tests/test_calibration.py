@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import expit, logit
-from scipy.stats import binomtest
 from sklearn import metrics
 from test_evaluation import make_predictions
 
@@ -37,13 +36,6 @@ def test_errors_as_by_hand_and_by_scikit_learn():
     row = calibration.calibration_scores(labels, scores, groups=2).loc["Mass"]
     assert row["ece"] == pytest.approx((abs(0.2 - 0) * 2 + abs(0.6 - 1) * 2) / 4)
     assert row["brier"] == pytest.approx(metrics.brier_score_loss(labels["Mass"], scores["Mass"]), abs=1e-12)
-
-
-def test_wilson_agrees_with_scipy():
-    for yes, count in ((0, 10), (3, 10), (10, 10), (1, 500)):
-        expected = binomtest(yes, count).proportion_ci(method="wilson")
-        assert calibration.wilson_interval(yes, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
-    assert np.isnan(calibration.wilson_interval(0, 0)).all()
 
 
 def test_the_line_is_found():

@@ -208,7 +208,7 @@ def test_curves_give_each_finding_its_area(predictions):
 def test_calibration_draws_each_finding(predictions):
     labels, scores, _ = predictions
     axes = plots.plot_calibration(calibration.calibration_table(labels, scores))
-    assert [ax.get_title(loc="left") for ax in axes][-2:] == ["Pleural Thickening", "Hernia"]
+    assert [ax.get_title(loc="left").split("\n")[0] for ax in axes][-2:] == ["Pleural Thickening", "Hernia"]
 
 
 def test_throughput_beside_the_articles(measured):
@@ -283,3 +283,37 @@ def test_operating_points_and_subgroups_name_every_row(predictions):
     ax = plots.plot_subgroups(told)
     assert [label.get_text().split("\n")[0] for label in ax.get_yticklabels()] == ["female", "male"]
     assert_apart(ax.get_yticklabels() + ax.texts, ax.figure)
+
+
+def test_heat_maps_glow_over_the_radiographs_and_under_the_boxes():
+    images = np.full((3, 64, 64), 120, np.uint8)
+    maps = np.zeros((3, 4, 4), np.float32)
+    maps[0, 1, 2] = maps[1, 0, 0] = 1
+    boxes = [[(30, 15, 20, 20, "Pleural_Thickening")], [], []]
+    axes = plots.plot_heat_maps(images, maps, ["Pleural_Thickening", "b", "c"], boxes=boxes, columns=3)
+    radiograph, glow = axes[0].images
+    assert np.asarray(radiograph.get_array()).max() == 120
+    hottest = np.unravel_index(np.argmax(glow.get_array()), (64, 64))
+    assert abs(hottest[0] - 23.5) <= 1
+    assert abs(hottest[1] - 39.5) <= 1
+    assert glow.get_cmap()(0.0)[3] == 0, "cold places are clear"
+    assert radiograph.get_zorder() < glow.get_zorder() < axes[0].patches[0].get_zorder()
+    assert "no heat" in axes[2].get_title()
+    assert "no heat" not in axes[1].get_title()
+    assert_apart([ax.title for ax in axes], axes[0].figure)
+
+
+def test_localisation_shows_pointing_beside_its_chance():
+    table = pd.DataFrame({"boxes": 30, "images": 28, "pointing": np.linspace(0, 1, 14)}, index=FINDINGS)
+    table = table.assign(pointing_low=table["pointing"] * 0.9, pointing_high=table["pointing"] * 0.9 + 0.1, chance=0.07)
+    for least in (0.1, 0.25, 0.5, 0.75):
+        table = table.assign(**{f"iobb_{least}": 1 - least, f"false_positives_{least}": 1 + least})
+    pointing, found = plots.plot_localisation(table)
+    assert pointing.get_yticklabels()[0].get_text() == "Hernia  (28)"
+    assert list(pointing.lines[0].get_xdata()) == sorted(table["pointing"], reverse=True)
+    assert set(pointing.lines[1].get_xdata()) == {0.07}
+    legend = [text.get_text() for text in found.get_legend().get_texts()]
+    assert legend[:2] == ["IoBB ≥ 0.1: 1.1 false an image", "IoBB ≥ 0.25: 1.2 false an image"]
+    assert_apart(pointing.get_yticklabels(), pointing.figure)
+    assert_apart([found.xaxis.label, *found.get_legend().get_texts()], found.figure)
+    plots.plot_localisation(table.head(1))

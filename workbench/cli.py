@@ -148,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         help="how much better one run reads than another, with intervals",
-        description="Compare two runs on the same images: AUROC differences with paired intervals over patients,
-        DeLong's " "test, Holm's correction, and a chart in the second run's folder. Runs joined by + are averaged
-        first, so " "`workbench compare a a+b+c` shows what an ensemble gains.",
+        description="Compare two runs on the same images: AUROC differences with paired intervals over patients, "
+        "DeLong's test, Holm's correction, and a chart in the second run's folder. Runs joined by + are averaged "
+        "first, so `workbench compare a a+b+c` shows what an ensemble gains.",
     )
     compare.add_argument("first", metavar="RUN", help="a run, or several joined by +")
     compare.add_argument("second", metavar="RUN", help="the run that is held against it, or several joined by +")

@@ -21,7 +21,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 
 from workbench import WorkbenchError
-from workbench.analysis import evaluation
+from workbench.analysis import evaluation, resampling
 from workbench.runs import write_json
 
 METHODS = ("platt", "temperature")
@@ -103,19 +103,9 @@ def calibration_table(labels: pd.DataFrame, scores: pd.DataFrame, *, groups: int
         order = np.argsort(scores[finding].to_numpy(), kind="stable")
         label, score = labels[finding].to_numpy()[order], scores[finding].to_numpy()[order]
         for part in np.array_split(np.arange(len(order)), min(groups, len(order))):
-            low, high = wilson_interval(int(label[part].sum()), len(part))
+            low, high = resampling.wilson_interval(int(label[part].sum()), len(part))
             rows.append((finding, score[part].mean(), label[part].mean(), low, high, int(label[part].sum()), len(part)))
     return pd.DataFrame(rows, columns=["finding", "predicted", "observed", "low", "high", "positives", "images"])
-
-
-def wilson_interval(yes: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (JASA 22, 1927); NaN of nothing."""
-    if not count:
-        return float("nan"), float("nan")
-    z, share = 1.959964, yes / count
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    reach = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return float(max(middle - reach, 0)), float(min(middle + reach, 1))
 
 
 def write_calibration(path: str | os.PathLike, fitted: pd.DataFrame, *, method: str = "platt") -> None:

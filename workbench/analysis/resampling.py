@@ -69,6 +69,15 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def wilson_interval(successes, trials, *, z: float = 1.959964) -> tuple:
+    """Wilson's score interval of a share (1927), low and high in [0, 1]; fair for none or all of few trials too."""
+    share, spread = successes / trials, z**2 / trials
+    centre = share + spread / 2
+    half = z * np.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    # Rounding alone would bring an end to -1e-17.
+    return np.clip((centre - half) / (1 + spread), 0, 1), np.clip((centre + half) / (1 + spread), 0, 1)
+
+
 def _rank(label: np.ndarray, score: np.ndarray, patient: np.ndarray, patients: int) -> tuple[csr_array, csr_array]:
     """Count positives and negatives by rank and patient, so that a resample needs no sorting.
 

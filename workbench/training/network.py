@@ -11,7 +11,8 @@ sigmoid head are ONE Keras model of stock layers, so that training and inference
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import keras
@@ -102,6 +103,29 @@ def check_settings(name: str, *, precision: str = "float32") -> None:
         raise WorkbenchError(f"There is no network `{name}`: choose one of {', '.join(NETWORKS)}.")
     if precision not in PRECISIONS:
         raise WorkbenchError(f"There is no precision `{precision}`: choose one of {', '.join(PRECISIONS)}.")
+
+
+def read_network(path: str | os.PathLike, *, findings: Sequence[str], image_size: int) -> keras.Model:
+    """Read a trained `model.keras` and check that it fits the findings and the size of the radiographs.
+
+    Raises:
+        WorkbenchError: the file is not there or cannot be read, or the model has another input or output.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WorkbenchError(f"There is no trained model at {path}: train one first (notebook 03).")
+    try:
+        # safe_mode: a model file from elsewhere must not run code.
+        model = keras.models.load_model(path, compile=False, safe_mode=True)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise WorkbenchError(f"{path} cannot be read ({_first_line(error)}): train again, or copy it again.") from None
+    made_for = (model.input_shape[1:], model.output_shape[-1])
+    if made_for != ((image_size, image_size, 1), len(findings)):
+        raise WorkbenchError(
+            f"{path} reads radiographs of {made_for[0][0]} pixels for {made_for[1]} findings, but asked for were "
+            f"{image_size} pixels and {len(findings)} findings: use the settings and shards it was trained with."
+        )
+    return model
 
 
 def _imagenet_weights(name: str) -> list:

@@ -27,9 +27,10 @@ from workbench.analysis.plots.judgement import (
     plot_operating_points,
     plot_subgroups,
 )
+from workbench.analysis.plots.localisation import plot_localisation
 from workbench.analysis.plots.scaling import plot_efficiency, plot_throughput, plot_time_to_train
 from workbench.analysis.plots.training import plot_history
-from workbench.analysis.plots.walls import plot_radiographs
+from workbench.analysis.plots.walls import plot_heat_maps, plot_radiographs
 
 __all__ = [
     "plot_auroc",
@@ -38,8 +39,10 @@ __all__ = [
     "plot_cooccurrence",
     "plot_demographics",
     "plot_efficiency",
+    "plot_heat_maps",
     "plot_history",
     "plot_images_per_patient",
+    "plot_localisation",
     "plot_operating_points",
     "plot_precision_recall",
     "plot_prevalence",

@@ -5,6 +5,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"
+SKY = "#56B4E9"  # on the warm colours of heat
 INK, GREY, PALE = "#333333", "#8C8C8C", "#E6E6E6"
 WIDTH = 10.0  # inches: a notebook's column
 DPI = 110
