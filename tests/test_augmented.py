@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from workbench import WorkbenchError
-from workbench.data import shards
+from workbench.data import chestxray14, shards
 from workbench.training import augmented, network
 
 
@@ -18,7 +18,7 @@ def trained(tiny_config, new_run):
     folder = new_run()
     keras.utils.set_random_seed(0)
     model = network.build_network("Tiny", findings=14, image_size=tiny_config.image_size, weights=None)
-    model.save(folder / "model.keras")
+    network.write_network(model, folder / "model.keras", findings=chestxray14.FINDINGS, stored_size=36, encoding="raw")
     return folder, model
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from workbench import WorkbenchError
-from workbench.data import shards
+from workbench.data import chestxray14, shards
 from workbench.training import gradcam, network
 
 
@@ -139,7 +139,8 @@ def test_a_network_that_is_a_layer_before_the_pooling(radiographs):
 
 def test_a_saved_and_loaded_model_gives_the_same_maps(tmp_path, radiographs):
     model = network.build_network("Tiny", findings=3, image_size=64, weights=None, precision="mixed_bfloat16")
-    model.save(tmp_path / "model.keras")
+    kept = {"findings": ["a", "b", "c"], "stored_size": 72, "encoding": "raw"}
+    network.write_network(model, tmp_path / "model.keras", **kept)
     loaded = network.read_network(tmp_path / "model.keras", findings=["a", "b", "c"], image_size=64)
     columns = [0, 1, 2, 2, 1]
     np.testing.assert_array_equal(
@@ -179,8 +180,16 @@ def test_columns_that_do_not_fit_are_a_sentence(radiographs, columns):
 def test_a_trained_model_that_does_not_fit_is_a_sentence(tmp_path):
     with pytest.raises(WorkbenchError, match="There is no trained model at"):
         network.read_network(tmp_path / "model.keras", findings=["Mass"], image_size=64)
-    network.build_network("Tiny", findings=3, image_size=64, weights=None).save(tmp_path / "model.keras")
-    with pytest.raises(WorkbenchError, match=r"64 pixels for 3 findings, but asked for were 64 pixels and 1 findings"):
+    model = network.build_network("Tiny", findings=3, image_size=64, weights=None)
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(WorkbenchError, match="does not say what it finds"):
+        network.read_network(tmp_path / "model.keras", findings=["a", "b", "c"], image_size=64)
+    kept = {"findings": ["a", "b", "c"], "stored_size": 72, "encoding": "raw"}
+    network.write_network(model, tmp_path / "model.keras", **kept)
+    assert network.describe_network(tmp_path / "model.keras") == kept | {"image_size": 64}
+    with pytest.raises(WorkbenchError, match="finds a, b, c, but asked for were b, a, c"):
+        network.read_network(tmp_path / "model.keras", findings=["b", "a", "c"], image_size=64)
+    with pytest.raises(WorkbenchError, match="finds a, b, c, but asked for were Mass"):
         network.read_network(tmp_path / "model.keras", findings=["Mass"], image_size=64)
     with pytest.raises(WorkbenchError, match=r"asked for were 32 pixels"):
         network.read_network(tmp_path / "model.keras", findings=["a", "b", "c"], image_size=32)
@@ -206,7 +215,9 @@ def trained(tiny_config, shard_folder, new_run):
         folder = new_run(name)
         keras.utils.set_random_seed(0)
         model = network.build_network("Tiny", findings=14, image_size=tiny_config.image_size, weights=None)
-        model.save(folder / "model.keras")
+        network.write_network(
+            model, folder / "model.keras", findings=chestxray14.FINDINGS, stored_size=36, encoding="raw"
+        )
         return folder, model
 
     return make

@@ -96,6 +96,49 @@ def _compare(options: argparse.Namespace) -> None:
     print(files[-1] / "figures" / f"{name}.png")
 
 
+NOTICE = "Research software, not a medical device: not for diagnosis."
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from workbench import runs
+    from workbench.analysis import predictions
+
+    folder = runs.find_run(runs.project_root(), options.run, having="model.keras")
+    files = predictions.find_files(options.files)
+    print(f"{len(files)} files, run {folder.name}. {NOTICE}", flush=True)
+    from workbench.training import reading
+
+    answer = reading.read_files(
+        folder,
+        files,
+        heat_maps=bool(options.heat_maps),
+        tell=lambda count: print(f"  {count} of {len(files)} files", flush=True) if len(files) > 16 else None,
+    )
+    table = predictions.judge_scores(answer["scores"], folder)
+    for file, rows in table.groupby("file", sort=False):
+        print(f"\n{file}")
+        print(predictions.format_judgement(rows.sort_values("probability", ascending=False)))
+    print(f"\n{predictions.describe_judgement(table)} {NOTICE}")
+    if options.csv:
+        with runs.written_whole(options.csv) as part:
+            table.to_csv(part, index=False)
+        print(options.csv)
+    if options.heat_maps and len(answer["scores"]):
+        from workbench.analysis import plots
+
+        Path(options.heat_maps).mkdir(parents=True, exist_ok=True)
+        named = zip(answer["scores"].index, answer["radiographs"], answer["maps"], answer["mapped"], strict=True)
+        for number, (file, pixels, heat, finding) in enumerate(named, 1):
+            axes = plots.plot_heat_maps([pixels], [heat], [f"{finding}\n{Path(file).name}"])
+            runs.save_chart(axes, Path(options.heat_maps) / f"{number:03d}-{Path(file).stem}.png")
+        print(options.heat_maps)
+    for why in answer["refused"].values():
+        print(f"workbench: {why}", file=sys.stderr)
+    return int(bool(answer["refused"]))
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from workbench import doctor
 
@@ -144,6 +187,18 @@ def _parser() -> argparse.ArgumentParser:
     all_runs = commands.add_parser("runs", help="all runs as a table, the newest first")
     all_runs.add_argument("--html", action="store_true", help="write them as a page, results/index.html, with links")
     all_runs.set_defaults(call=_runs)
+
+    predict = commands.add_parser(
+        "predict",
+        help="read radiographs with a trained run: PNG, JPEG or DICOM",
+        description="Read radiographs with a trained run: a probability per finding (corrected where notebook 04 fitted a "
+        f"calibration), and whether it is above the run's threshold. {NOTICE}",
+    )
+    predict.add_argument("run", metavar="RUN", help="a run under results/")
+    predict.add_argument("files", metavar="FILE", nargs="+", help="PNG, JPEG or DICOM files, or folders of them")
+    predict.add_argument("--csv", metavar="OUT", help="write the table as CSV as well, a row a file and finding")
+    predict.add_argument("--heat-maps", metavar="DIR", help="draw into DIR where the network looks, one PNG a file")
+    predict.set_defaults(call=_predict)
 
     compare = commands.add_parser(
         "compare",

@@ -240,11 +240,16 @@ def save_figure(axes, folder: str | os.PathLike | None, name: str) -> None:
     """
     if folder is None:
         return
-    first = axes if hasattr(axes, "savefig") else getattr(axes, "flat", [axes])[0]
-    figure = first if hasattr(first, "savefig") else first.figure
     target = Path(folder) / "figures" / f"{name}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(target) as part:
+    save_chart(axes, target)
+
+
+def save_chart(axes, path: str | os.PathLike) -> None:
+    """Save the figure of some axes as a PNG file, whole or not at all."""
+    first = axes if hasattr(axes, "savefig") else getattr(axes, "flat", [axes])[0]
+    figure = first if hasattr(first, "savefig") else first.figure
+    with written_whole(path) as part:
         figure.savefig(part, dpi=150, bbox_inches="tight")
 
 

@@ -18,15 +18,19 @@ import numpy as np
 from PIL import Image
 
 from workbench import WorkbenchError
+from workbench.data import dicom
 
 ENCODINGS = ("raw", "png", "jpeg")
 JPEG_QUALITY = 95
+COLOUR_SPREAD = 6  # grey levels between the channels, on average, from which a picture counts as coloured
 
 
 def read_radiograph(path: str | Path) -> np.ndarray:
-    """Read one image file as grey, uint8 (height, width); of a coloured one the luminance, alpha ignored."""
+    """Read one image or DICOM file as grey, uint8 (height, width); of a coloured one the luminance, alpha ignored."""
     try:
         encoded = Path(path).read_bytes()
+        if dicom.is_dicom(encoded):
+            return dicom.decode_dicom(encoded, path)
         pixels = _decode_png(encoded)
         return _decode_other(encoded, path) if pixels is None else pixels
     except FileNotFoundError:
@@ -35,6 +39,20 @@ def read_radiograph(path: str | Path) -> np.ndarray:
         raise WorkbenchError(
             f"`{path}` cannot be decoded ({error}): download or extract it again, or remove it and skip it."
         ) from None
+
+
+def refuse_colour(path: str | Path) -> None:
+    """Raise a WorkbenchError if an image file is in colour, as photographs are. Grey stored as RGB passes."""
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("L", "1", "LA") or image.mode.startswith(("I", "F")):
+                return
+            small = np.asarray(image.convert("RGB").resize((64, 64)), np.int16)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return  # no image that Pillow knows; reading it says what is wrong
+    spread = (small.max(axis=2) - small.min(axis=2)).mean()
+    if spread > COLOUR_SPREAD:
+        raise WorkbenchError(f"`{path}` is a picture in colour, and a radiograph is grey: give the radiograph itself.")
 
 
 def resize_radiograph(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -57,7 +75,7 @@ def resize_radiograph(pixels: np.ndarray, size: int) -> np.ndarray:
 
 def encode_radiographs(paths: Sequence[str], size: int, encoding: str) -> list[bytes]:
     """Read, resize and encode the images of one shard."""
-    return [_encode(resize_radiograph(read_radiograph(path), size), encoding) for path in paths]
+    return [encode_pixels(resize_radiograph(read_radiograph(path), size), encoding) for path in paths]
 
 
 def decode_radiograph(encoded: bytes, encoding: str, size: int) -> np.ndarray:
@@ -110,7 +128,8 @@ def _sum_rows(values: np.ndarray, size: int) -> np.ndarray:
     return sums.reshape(size, -1)
 
 
-def _encode(pixels: np.ndarray, encoding: str) -> bytes:
+def encode_pixels(pixels: np.ndarray, encoding: str) -> bytes:
+    """Encode uint8 (height, width) as shards hold it."""
     if encoding == "raw":
         return pixels.tobytes()
     file = io.BytesIO()

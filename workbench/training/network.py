@@ -11,7 +11,9 @@ sigmoid head are ONE Keras model of stock layers, so that training and inference
 
 from __future__ import annotations
 
+import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +21,8 @@ import keras
 
 from workbench import WorkbenchError
 from workbench.training.config import PRECISIONS
+
+_DESCRIPTION = "workbench.json"  # inside the model's file, which is an archive; Keras passes it over
 
 # Mean and variance, per channel and on the scale 0..255, that keras.applications' ImageNet weights expect.
 _TORCH = ([123.675, 116.28, 103.53], [58.395**2, 57.12**2, 57.375**2])
@@ -105,15 +109,53 @@ def check_settings(name: str, *, precision: str = "float32") -> None:
         raise WorkbenchError(f"There is no precision `{precision}`: choose one of {', '.join(PRECISIONS)}.")
 
 
+def write_network(
+    model: keras.Model, path: str | os.PathLike, *, findings: Sequence[str], stored_size: int, encoding: str
+) -> None:
+    """Save a model in one file that also says by name what it finds, and what its radiographs were read like.
+
+    Args:
+        model: to save, in Keras's own format; plain Keras loads it anywhere and ignores what is added.
+        path: ends in `.keras`.
+        findings: names of the outputs, in order.
+        stored_size: side in pixels to which radiographs were brought before the centre was cut out.
+        encoding: how they were stored: "raw", "png" or "jpeg".
+    """
+    model.save(path)
+    told = {"findings": list(findings), "stored_size": stored_size, "encoding": encoding}
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr(_DESCRIPTION, json.dumps(told | {"image_size": model.input_shape[1]}))
+
+
+def describe_network(path: str | os.PathLike) -> dict:
+    """What `write_network` added: findings, image_size, stored_size, encoding. Raises a WorkbenchError without it."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return json.loads(file.read(_DESCRIPTION))
+    except FileNotFoundError:
+        raise WorkbenchError(f"There is no trained model at {path}: train one first (notebook 03).") from None
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise WorkbenchError(f"{path} cannot be read ({_first_line(error)}): train again, or copy it again.") from None
+    except KeyError:
+        raise WorkbenchError(
+            f"{path} does not say what it finds, so its outputs could be taken for others: use a model that the "
+            "workbench trained."
+        ) from None
+
+
 def read_network(path: str | os.PathLike, *, findings: Sequence[str], image_size: int) -> keras.Model:
     """Read a trained `model.keras` and check that it fits the findings and the size of the radiographs.
 
     Raises:
-        WorkbenchError: the file is not there or cannot be read, or the model has another input or output.
+        WorkbenchError: the file is not there or cannot be read, or the model has another input or other findings, be it
+            the same ones in another order.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WorkbenchError(f"There is no trained model at {path}: train one first (notebook 03).")
+    told = describe_network(path)
+    if told["findings"] != list(findings):
+        raise WorkbenchError(
+            f"{path} finds {', '.join(told['findings'])}, but asked for were {', '.join(findings)}: use the findings, "
+            "in the order, that it was trained with."
+        )
     try:
         # safe_mode: a model file from elsewhere must not run code.
         model = keras.models.load_model(path, compile=False, safe_mode=True)

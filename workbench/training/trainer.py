@@ -98,7 +98,13 @@ def train(
                 pd.DataFrame(history).to_csv(part, index=False)
             if row["best"]:
                 with written_whole(folder / "model.keras") as part:
-                    model.save(part)
+                    network.write_network(
+                        model,
+                        part,
+                        findings=info["findings"],
+                        stored_size=info["image_size"],
+                        encoding=info["encoding"],
+                    )
         tell({"history": history[-1], "epoch": epoch + 1, "epochs": config.epochs})
     tell({"phase": "predicting with the best epoch"})
     model.set_weights(best_weights)
