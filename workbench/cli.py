@@ -191,8 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser(
         "predict",
         help="read radiographs with a trained run: PNG, JPEG or DICOM",
-        description="Read radiographs with a trained run: a probability per finding (corrected where notebook 04 fitted a "
-        f"calibration), and whether it is above the run's threshold. {NOTICE}",
+        description="Read radiographs with a trained run: a probability per finding (corrected where notebook 04 "
+        f"fitted a calibration), and whether it is above the run's threshold. {NOTICE}",
     )
     predict.add_argument("run", metavar="RUN", help="a run under results/")
     predict.add_argument("files", metavar="FILE", nargs="+", help="PNG, JPEG or DICOM files, or folders of them")
