@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from sklearn.metrics import roc_auc_score
 
 from workbench import batch, runs
-from workbench.data import shards
+from workbench.data import chestxray14, shards
 
 ROOT = runs.project_root()
 # The same notebooks, on a data set and a network that take seconds.
@@ -260,3 +260,59 @@ def test_the_report_is_one_page_of_all_five(finished):
     assert page.count("data:image/png;base64") >= 10
     assert "plateau_patience" in page
     assert "read_csv" not in page  # the code itself stays in the notebooks
+
+
+@pytest.fixture(scope="module")
+def two_images(finished, project):
+    """Two test images of the run, with what it predicted for them."""
+    _, folder = finished
+    told = pd.read_csv(folder / "predictions-test.csv").head(2).set_index("image")
+    frame = chestxray14.read_dataset(project / "data" / "synthetic").set_index("image")
+    return list(frame.loc[told.index, "path"]), told
+
+
+def test_predict_gives_the_scores_of_the_run(project, two_images, tmp_path):
+    files, expected = two_images
+    (tmp_path / "no.png").write_text("no image")
+    answer = workbench(
+        project, "predict", "quick", *files, str(tmp_path / "no.png"), "--csv", str(tmp_path / "out.csv"),
+        "--heat-maps", str(tmp_path / "heat"),
+    )  # fmt: skip
+    assert answer.returncode == 1
+    assert answer.stderr.count("\n") == 1
+    assert "no.png` cannot be decoded" in answer.stderr
+    assert "not a medical device" in answer.stdout
+    assert len(list((tmp_path / "heat").glob("*.png"))) == 2
+    table = pd.read_csv(tmp_path / "out.csv").pivot(index="file", columns="finding", values="score")
+    for file, (_, row) in zip(files, expected.iterrows(), strict=True):
+        for finding in table:
+            assert table.loc[file, finding] == pytest.approx(row[f"{finding}_score"], abs=1e-5)
+
+
+def test_a_run_is_compared_with_itself_and_with_an_ensemble(finished, project):
+    _, folder = finished
+    answer = workbench(project, "compare", "quick", "quick+quick", "--resamples", "50")
+    assert answer.returncode == 0, answer.stderr
+    assert "difference +0.0000 (95 % interval +0.0000 to +0.0000)" in answer.stdout
+    assert (folder / "figures" / "compare-quick.png").exists()
+    wrong = workbench(project, "compare", "quick", "nowhere")
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("workbench: There is no run in")
+
+
+def test_all_runs_as_a_page(finished, project):
+    answer = workbench(project, "runs", "--html")
+    assert answer.returncode == 0
+    assert "quick/report.html" in (project / "results" / "index.html").read_text()
+
+
+def test_the_sixth_notebook_reads_radiographs(finished, project, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_ROOT", str(project))
+    notebook = nbformat.read(project / "notebooks" / "06_read_radiographs.ipynb", as_version=4)
+    place = {"metadata": {"path": str(project / "notebooks")}}
+    NotebookClient(notebook, timeout=200, kernel_name="python3", resources=place).execute()
+    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "4 of 4 files read" in said
+    assert (
+        sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])) == 1
+    )
