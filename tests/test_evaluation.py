@@ -209,6 +209,21 @@ def test_tables_that_cannot_be_true_are_refused(change, message):
         evaluation.mean_auroc(*tables, resamples=2)
 
 
+def test_predictions_of_another_table_are_refused():
+    labels, _, _ = make_predictions()
+    labels = labels.rename(columns={"Mass": "Pneumonia", "Edema": "Pneumothorax"})
+    images = pd.Series([f"{n}.png" for n in range(len(labels))])
+    table = labels.assign(image=images).sample(frac=1, random_state=0)
+    evaluation.check_table(labels, images, table)
+    with pytest.raises(WorkbenchError, match=r"2 stand in one only, such as 3\.png"):
+        evaluation.check_table(labels, images.replace("3.png", "other.png"), table)
+    with pytest.raises(WorkbenchError, match="has no findings Hernia"):
+        evaluation.check_table(labels, images, table.drop(columns="Hernia"))
+    swapped = table.rename(columns={"Pneumonia": "Pneumothorax", "Pneumothorax": "Pneumonia"})
+    with pytest.raises(WorkbenchError, match="other labels for Pneumonia, Pneumothorax than the table"):
+        evaluation.check_table(labels, images, swapped)
+
+
 def test_images_on_both_sides_are_refused():
     evaluation.check_apart(pd.Series(["a", "b"]), pd.Series(["c"]))
     with pytest.raises(WorkbenchError, match="1 images are in validation and test alike, such as b"):

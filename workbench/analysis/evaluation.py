@@ -276,6 +276,36 @@ def check_tables(labels: pd.DataFrame, scores: pd.DataFrame, patients: pd.Series
         raise WorkbenchError("Some images have no patient, by whom they are resampled: give each image one.")
 
 
+def check_table(labels: pd.DataFrame, images: pd.Series, table: pd.DataFrame) -> None:
+    """Refuse predictions that were not made on a table's images and labels.
+
+    Args:
+        labels: (n, K), 0 or 1.
+        images: (n,), their names.
+        table: one row per image of the split: `image`, and each finding as 0 or 1.
+
+    Raises:
+        WorkbenchError: other images, findings that the table lacks, or other labels for some finding.
+    """
+    apart = sorted(set(images) ^ set(table["image"]))
+    if apart or len(images) != len(table):
+        raise WorkbenchError(
+            f"The predictions are not of this table's images: {len(apart)} stand in one only"
+            + (f", such as {apart[0]}" if apart else "")
+            + "; give the shards that the run was trained on."
+        )
+    missing = [name for name in labels.columns if name not in table]
+    if missing:
+        raise WorkbenchError(f"The table has no findings {', '.join(missing)}, which the predictions have.")
+    truth = table.set_index("image").loc[images.to_numpy(), list(labels.columns)].to_numpy()
+    wrong = (truth != labels.to_numpy()).any(axis=0)
+    if wrong.any():
+        raise WorkbenchError(
+            f"The predictions have other labels for {', '.join(labels.columns[wrong])} than the table: they are of another "
+            "table, or the findings' names were exchanged."
+        )
+
+
 def check_apart(one: pd.Series, other: pd.Series, *, what: str = "validation and test") -> None:
     """Refuse two tables of predictions that share an image. Raises a WorkbenchError that names one."""
     shared = sorted(set(one) & set(other))
