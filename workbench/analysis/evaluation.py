@@ -301,8 +301,8 @@ def check_table(labels: pd.DataFrame, images: pd.Series, table: pd.DataFrame) ->
     wrong = (truth != labels.to_numpy()).any(axis=0)
     if wrong.any():
         raise WorkbenchError(
-            f"The predictions have other labels for {', '.join(labels.columns[wrong])} than the table: they are of another "
-            "table, or the findings' names were exchanged."
+            f"The predictions have other labels for {', '.join(labels.columns[wrong])} than the table: they are of "
+            "another table, or the findings' names were exchanged."
         )
 
 
