@@ -105,7 +105,7 @@ def compare_predictions(
     smaller = min((means <= 0).sum(), (means >= 0).sum())
     mean["p"] = min(1.0, 2 * max(smaller, 1) / len(means)) if len(means) else np.nan
     table.loc["mean"] = mean
-    return table.rename_axis("finding")
+    return table.astype({"positives": "Int64", "negatives": "Int64"}).rename_axis("finding")
 
 
 def holm(p_values: pd.Series) -> pd.Series:
