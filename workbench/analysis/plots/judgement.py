@@ -71,7 +71,7 @@ def plot_operating_points(table: pd.DataFrame, *, ax: Sequence[Axes] | None = No
     ]
     axes[0].set_yticks(rows, labels)
     for row in np.flatnonzero(table["threshold"].isna()):
-        axes[0].text(0.02, row, "undefined: one class absent", fontsize=7.5, color=INK, va="center")
+        axes[0].text(0.02, row, "one class absent in validation", fontsize=7.5, color=INK, va="center")
     return axes
 
 
