@@ -84,6 +84,10 @@ def test_the_run_s_folder_holds_what_is_promised(finished):
         "metrics.json",
         "scaling.csv",
         "model.keras",
+        "split.json",
+        "calibration.json",
+        "heatmaps.npz",
+        "predictions-test-flip.csv",
         "checkpoint/last.npz",
     ):
         assert (folder / name).stat().st_size > 0, name
