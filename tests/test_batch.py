@@ -7,6 +7,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from workbench import WorkbenchError, batch, cli, runs
+from workbench.analysis import calibration, thresholds
+from workbench.training import augmented
 
 ROOT = runs.project_root()
 
@@ -192,3 +194,15 @@ def test_python_m_workbench_is_the_same_command(tmp_path):
     assert told.returncode == 1
     assert told.stderr.startswith("workbench: There is no recipe `nowhere`: choose one of chexnet")
     assert told.stdout == ""
+
+
+def test_choices_are_those_of_the_modules_that_use_them():
+    assert batch.CHOICES["threshold_rule"] == thresholds.RULES
+    assert batch.CHOICES["calibration_method"] == calibration.METHODS
+    assert batch.CHOICES["averaged_views"] == augmented.KINDS
+
+
+@pytest.mark.parametrize("name", list(batch.CHOICES))
+def test_what_the_evaluation_would_refuse_is_refused_before_training(name):
+    with pytest.raises(WorkbenchError, match=f"`{name}` of here is 'nothing': choose from"):
+        batch.check_parameters(ROOT, {name: "nothing"}, where="here")

@@ -37,6 +37,12 @@ STAGES = {
     "04_evaluate": "AUROC and curves",
     "05_scaling": "throughput by number of workers",
 }
+# Of notebook 04; the modules that use them check them again.
+CHOICES = {
+    "threshold_rule": ("youden", "sensitivity", "f1"),
+    "calibration_method": ("platt", "temperature"),
+    "averaged_views": ("flip", "ten-crop"),
+}
 # Set by the stages themselves, not by recipes.
 OWN = ("run", "resume")
 
@@ -150,6 +156,10 @@ def check_parameters(root: Path, chosen: Mapping[str, Any], *, where: str) -> di
         for name, least in (("workers", 0), ("measured_steps", 1)):
             if (value := (defaults | checked)[name]) < least:
                 raise WorkbenchError(f"`{name}` of {where} is {value}: it has to be {least} or more.")
+    # And what the evaluation would refuse, before hours of training.
+    for name, choices in CHOICES.items():
+        if (value := checked.get(name, choices[0])) not in choices:
+            raise WorkbenchError(f"`{name}` of {where} is {value!r}: choose from {', '.join(choices)}.")
     return defaults | checked
 
 
