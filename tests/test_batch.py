@@ -206,3 +206,17 @@ def test_choices_are_those_of_the_modules_that_use_them():
 def test_what_the_evaluation_would_refuse_is_refused_before_training(name):
     with pytest.raises(WorkbenchError, match=f"`{name}` of here is 'nothing': choose from"):
         batch.check_parameters(ROOT, {name: "nothing"}, where="here")
+
+
+def test_what_a_kernel_says_while_it_ends_goes_to_its_log(tmp_path, capfd):
+    """Libraries print at the end of a kernel what is no error of the run; the reader's stderr stays empty."""
+    notebook = nbformat.v4.new_notebook()
+    source = "import atexit, os\natexit.register(os.write, 2, b'a library at its end')"
+    notebook.cells = [nbformat.v4.new_code_cell(source)]
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "run" / "notebooks").mkdir(parents=True)
+    nbformat.write(notebook, tmp_path / "notebooks" / "01_explore_dataset.ipynb")
+    batch._execute_notebook(tmp_path, tmp_path / "run", "01_explore_dataset", {})
+    assert "a library at its end" in (tmp_path / "run" / "notebooks" / "01_explore_dataset.log").read_text()
+    assert "a library at its end" not in capfd.readouterr().err

@@ -22,6 +22,7 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
@@ -233,7 +234,19 @@ def _execute_notebook(root: Path, folder: Path, stage: str, given: dict) -> None
         # What the kernel's own log says (its transport, the interrupt at its end) is nothing to the reader.
         extra_arguments=["--log-level=CRITICAL"],
         stdout_file=_Indented(sys.stdout),
+        kernel_manager_class=_logged_kernel(folder / "notebooks" / f"{stage}.log"),
     )
+
+
+def _logged_kernel(path: Path) -> type[AsyncKernelManager]:
+    """Kernels whose own stderr goes to a file: what libraries say while a kernel ends is nothing to the reader."""
+
+    class LoggedKernel(AsyncKernelManager):
+        async def start_kernel(self, **settings):
+            with path.open("wb") as log:
+                await super().start_kernel(**settings, stderr=log)
+
+    return LoggedKernel
 
 
 class _AnnouncingEngine(NBClientEngine):
