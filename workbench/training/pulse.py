@@ -38,17 +38,18 @@ UNHEARD = STARTING | {"at": "before its first sign", "cpu": 0.0}
 _state, _asked_to_stop = dict(STARTING), False
 
 
-def beat(doing: str, *, patience: int = 1) -> None:
+def beat(doing: str, *, patience: int = 1, stops: bool = True) -> None:
     """Say that this rank gets on, and what it does now.
 
     Args:
         doing: in words, such as "step 3 of epoch 1".
         patience: how many times the usual limit this may take without the processor, such as for a download.
+        stops: whether a rank that was asked to stop does so here; False where little is left to be kept.
 
     Raises:
         Interrupted: this rank was asked to stop.
     """
-    if _asked_to_stop:
+    if _asked_to_stop and stops:
         raise Interrupted(f"before {doing}")
     _state.update(beats=_state["beats"] + 1, doing=doing, patience=patience)
 
@@ -68,8 +69,8 @@ def told(publish: Callable[[dict], None]) -> Iterator[None]:
     """Publish a sign at once and every second until the block ends.
 
     A sign has `number` (of the sign), `beats` (so far), `doing`, `patience`, `at` (file, line and function of this
-    package that the calling thread is in) and `cpu` (seconds of all threads in user mode). While the block runs, SIGINT asks this
-    rank to stop at its next beat.
+    package that the calling thread is in) and `cpu` (user seconds of all threads). While the block runs, SIGINT asks
+    this rank to stop at its next beat.
     """
     global _asked_to_stop
     ended, here = threading.Event(), threading.get_ident()

@@ -126,7 +126,7 @@ def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Re
         if row["best"]:
             best, best_weights = row, [np.array(value) for value in model.get_weights()]
         # Horovod: all ranks hold the same, so one of them writes.
-        beat(f"keeping epoch {epoch + 1}")
+        beat(f"keeping epoch {epoch + 1}", stops=False)
         if world.rank == 0:
             with written_whole(folder / "history.csv") as part:
                 pd.DataFrame(history).to_csv(part, index=False)
