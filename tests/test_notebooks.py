@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from nbclient import NotebookClient
 from sklearn.metrics import roc_auc_score
@@ -17,6 +19,7 @@ from workbench import batch, runs
 from workbench.data import chestxray14, shards
 
 ROOT = runs.project_root()
+TIMES = ["seconds", "images_per_second", "input_wait_share"]
 # The same notebooks, on a data set and a network that take seconds.
 QUICK = {
     "synthetic_patients": 120,
@@ -264,6 +267,59 @@ def test_the_report_is_one_page_of_all_five(finished):
     assert page.count("data:image/png;base64") >= 10
     assert "plateau_patience" in page
     assert "read_csv" not in page  # the code itself stays in the notebooks
+
+
+def disturb(project, number: int, after: str, *arguments, **settings):
+    """Start the command, send it a signal once it has printed `after`; (status, what it said, its processes that live).
+
+    A killed command takes a few seconds to end what it started, so that is waited for.
+    """
+    options = [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    command = [sys.executable, "-m", "workbench", "run", *arguments, *options]
+    place = os.environ | {"WORKBENCH_ROOT": str(project)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=place, **streams) as running:
+        said = ""
+        while after not in said and (line := running.stdout.readline()):
+            said += line
+        family = psutil.Process(running.pid).children(recursive=True)
+        running.send_signal(number)
+        said += running.communicate(timeout=120)[0]
+    _, alive = psutil.wait_procs(family, timeout=20)
+    return running.returncode, said, [process for process in alive if process.is_running()]
+
+
+def test_a_run_that_is_interrupted_and_killed_ends_as_the_undisturbed_one(finished, project):
+    """Ctrl-C in the second epoch, resumed, killed in the third, resumed: not a digit differs."""
+    _, undisturbed = finished
+    folder = project / "results" / "disturbed"
+    beginning = ("synthetic", "--name", "disturbed", "--from", "03")
+    status, said, left = disturb(project, signal.SIGINT, "epoch  1/3", *beginning, **QUICK)
+    assert status == 130, said
+    assert left == []
+    assert said.splitlines()[-1].startswith("workbench: Interrupted before ")
+    assert said.splitlines()[-1].endswith("go on with `workbench run --resume disturbed`.")
+    assert runs.read_run(folder)["status"] == "interrupted"
+    status, said, left = disturb(project, signal.SIGKILL, "epoch  2/3", "--resume", "disturbed")
+    assert status == -signal.SIGKILL
+    assert left == []
+    assert "[rank 0] going on after epoch 1 of 3" in said
+    assert runs.list_runs(project).set_index("run").loc["disturbed", "status"] == "broken off"
+    told = workbench(project, "run", "--resume", "disturbed")
+    assert told.returncode == 0, told.stderr
+    assert "01_explore_dataset" not in told.stdout
+    for name in ("metrics.json", "predictions-test.csv", "predictions-val.csv", "split.json"):
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    timeless = [pd.read_csv(run / "history.csv").drop(columns=TIMES) for run in (folder, undisturbed)]
+    pd.testing.assert_frame_equal(*timeless, check_exact=True)
+
+
+def test_a_run_is_carried_on_by_one_process_only(finished, project):
+    with runs.locked(project / "results" / "quick"):
+        told = workbench(project, "run", "--resume", "quick", "--from", "04")
+    assert told.returncode == 1
+    assert f"The run quick is being written by process {os.getpid()} on" in told.stderr
+    assert told.stderr.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
