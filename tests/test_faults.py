@@ -52,26 +52,38 @@ def test_a_rank_that_is_stopped_while_the_workers_start_is_named():
 
 
 @pytest.mark.mpi
-def test_the_stop_button_comes_to_a_step_s_end_and_a_second_one_does_not_wait_for_it(tiny_config, new_run, capsys):
-    for times, said in ((1, r"Interrupted before (step|predicting|validating).*resume"), (2, "Interrupted twice")):
-        folder = new_run(f"stopped-{times}")
-        long = replace(tiny_config, epochs=500)
-        began = []
+def test_the_stop_button_comes_to_a_step_s_end_and_keeps_what_is_complete(tiny_config, new_run, capsys):
+    folder = new_run()
 
-        def watch(progress, times=times, began=began):
-            if progress["history"] and not began:
-                began.append(True)
-                for _ in range(times):
-                    os.kill(os.getpid(), signal.SIGINT)
+    def press_once(progress, pressed=[]):  # noqa: B006
+        if progress["history"] and not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
 
-        advice = runs.how_to_resume(folder)
-        with cluster.start(2, threads=1, oversubscribe=True) as ranks:
-            with pytest.raises(Interrupted, match=said):
-                ranks.run("workbench.training.trainer.train", long, folder, watch=watch, advice=advice)
-            with pytest.raises(WorkbenchError, match="These workers have ended"):
-                ranks.run("rank_functions.world")
-        assert 1 <= checkpoint.read(folder).epochs < 500
+    with cluster.start(2, threads=1, oversubscribe=True) as ranks:
+        told = {"watch": press_once, "advice": runs.how_to_resume(folder)}
+        with pytest.raises(Interrupted, match=r"Interrupted before (step|predicting|validating).*resume"):
+            ranks.run("workbench.training.trainer.train", replace(tiny_config, epochs=500), folder, **told)
+        with pytest.raises(WorkbenchError, match="These workers have ended"):
+            ranks.run("rank_functions.world")
+    assert 1 <= checkpoint.read(folder).epochs < 500
     assert "interrupt once more to end at once" in capsys.readouterr().out
+
+
+@pytest.mark.mpi
+def test_a_second_press_does_not_wait_for_the_step_s_end():
+    def press_twice():
+        for _ in range(2):
+            time.sleep(2)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with cluster.start(2, threads=1, oversubscribe=True) as ranks:
+        ranks.run("rank_functions.world")
+        began = time.monotonic()
+        threading.Thread(target=press_twice, daemon=True).start()
+        with pytest.raises(Interrupted, match="Interrupted twice"):
+            ranks.run("rank_functions.hang_on", 0)
+        assert time.monotonic() - began < cluster.STOPPING
 
 
 @pytest.mark.mpi
