@@ -159,12 +159,13 @@ def test_set_up_says_in_one_sentence_what_is_wrong(python, compiler, told, tmp_p
 BELOW = {
     "__init__": set(),
     "data": set(),
-    "runs": set(),
+    "provenance": set(),
+    "runs": {"provenance"},
     "analysis": {"runs"},
     "report": {"runs"},
     "training": {"data", "runs"},
 }
-ON_TOP = {"__main__", "batch", "cli", "doctor"}
+ON_TOP = {"__main__", "batch", "cli", "doctor", "rerun"}
 ONLY_IN = {"horovod": "training/distributed.py", "ipyparallel": "training/cluster.py", "papermill": "batch.py"}
 HEAVY = {"horovod", "ipyparallel", "keras", "matplotlib", "pandas", "papermill", "sklearn", "tensorflow"}
 MADE_FOR_TENSORFLOW = {"horovod", "keras", "tensorflow"}

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def run_recipe(
     parameters = check_parameters(root, chosen | dict(overrides or {}), where=label)
     stages = _from(first)
     folder = runs.create_run(root, name or runs.new_name(label), recipe=label, parameters=parameters)
-    return _execute(root, folder, parameters, stages)
+    return execute(root, folder, parameters, stages)
 
 
 def resume_run(root: Path, name: str, *, overrides: Mapping[str, Any] | None = None, first: str = "") -> Path:
@@ -85,7 +85,7 @@ def resume_run(root: Path, name: str, *, overrides: Mapping[str, Any] | None = N
     if not first and left is None:
         raise WorkbenchError(f"The run `{name}` is finished: nothing is left to resume, unless you say --from STAGE.")
     runs.update_run(folder, status="running", ended=None, parameters=parameters)
-    return _execute(root, folder, parameters, _from(first or left))
+    return execute(root, folder, parameters, _from(first or left))
 
 
 def read_recipe(root: Path, recipe: str) -> tuple[str, dict]:
@@ -186,7 +186,10 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     return parsed
 
 
-def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> Path:
+def execute(
+    root: Path, folder: Path, parameters: dict, stages: list[str], *, after: Callable[[str], None] | None = None
+) -> Path:
+    """Carry a run that has been made through these stages; `after` is called with each one that is done."""
     os.environ["WORKBENCH_PLAIN_PROGRESS"] = "1"
     # The kernel of this environment, whatever kernels the user has installed elsewhere.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
@@ -217,6 +220,8 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> P
         seconds = round(time.monotonic() - began, 1)
         runs.update_run(folder, stages={stage: {"status": "finished", "seconds": seconds}})
         print(f"[{number}/{len(STAGES)}] {stage}: done in {seconds:.0f} s", flush=True)
+        if after:
+            after(stage)
     runs.update_run(folder, status="finished", ended=runs.now())
     report.write_report(folder)
     return folder

@@ -25,9 +25,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from workbench import WorkbenchError
+from workbench import WorkbenchError, provenance
 
 VERSIONS_OF = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "numpy", "workbench")
+VERSIONS_OF += ("kornia-rs", "pandas", "pillow", "scikit-learn", "scipy")
 
 
 def project_root() -> Path:
@@ -91,6 +92,7 @@ def create_run(root: str | os.PathLike, name: str, *, recipe: str = "", paramete
         raise WorkbenchError(
             f"Cannot make the run's folder {folder} ({error.strerror}): check that results/ can be written."
         ) from None
+    provenance.keep_changes(root, folder)
     write_json(
         folder / "run.json",
         {
@@ -104,7 +106,8 @@ def create_run(root: str | os.PathLike, name: str, *, recipe: str = "", paramete
             "versions": versions(),
             "git": git_commit(root),
             "hosts": [socket.gethostname()],
-        },
+        }
+        | provenance.describe(root),
     )
     return folder
 
