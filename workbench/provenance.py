@@ -145,10 +145,10 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             elif before.get(name) != after.get(name):
                 told.append(f"{words} {name}: {_shown(before.get(name))} then, {_shown(after.get(name))} now")
     for name, words in (("git", "git commit"), ("world_size", "number of workers")):
-        if then.get(name) is None:
+        if name not in then:
             told.append(f"{words}: not recorded then")
         elif then[name] != now.get(name):
-            told.append(f"{words}: {then[name]} then, {_shown(now.get(name))} now")
+            told.append(f"{words}: {_shown(then[name])} then, {_shown(now.get(name))} now")
     return told
 
 
@@ -162,14 +162,12 @@ def data_differences(then: Any, now: Mapping[str, Any]) -> list[str]:
         return ["data: not recorded then"]
     told = []
     for name, words in (
-        ("table_sha256", "the images, patients, splits or labels in the shards"),
-        ("shards_sha256", "the contents of the shards"),
-        ("weights_sha256", "the file of weights"),
+        ("table_sha256", "the images, patients, splits or labels in the shards are not what they were"),
+        ("shards_sha256", "the contents of the shards are not what they were"),
+        ("weights_sha256", "the file of weights is not what it was"),
     ):
         if then.get(name) != now.get(name):
-            told.append(
-                f"data: {words} are not what they were ({_short(then.get(name))} then, {_short(now.get(name))})"
-            )
+            told.append(f"data: {words} ({_short(then.get(name))} then, {_short(now.get(name))} now)")
     return told + source_differences(then, now.get("sources") or {})
 
 
@@ -230,26 +228,26 @@ def compare_results(first: str | os.PathLike, second: str | os.PathLike) -> dict
 
 
 def _compare_histories(first: Path, second: Path) -> list[str]:
-    before, after = (_read_table(path).drop(columns=list(TIMED), errors="ignore") for path in (first, second))
-    if len(before) != len(after) or list(before) != list(after):
+    before, after = (_read_texts(path).drop(columns=list(TIMED), errors="ignore") for path in (first, second))
+    if before.shape != after.shape or list(before) != list(after):
         return [f"history.csv: {len(before)} epochs then, {len(after)} now"]
-    other = [name for name in before if not before[name].equals(after[name])]
+    unequal = before != after
+    other = [name for name in before if unequal[name].any()]
     if not other:
         return []
-    rows = (before[other] != after[other]).any(axis=1)
-    return [f"history.csv: {', '.join(other)} differ from epoch {rows.idxmax() + 1} on"]
+    return [f"history.csv: another {', '.join(other)} from epoch {unequal.any(axis=1).idxmax() + 1} on"]
 
 
 def _compare_predictions(first: Path, second: Path) -> tuple[list[str], float | None]:
-    if first.read_bytes() == second.read_bytes():
-        return [], 0.0
-    before, after, name = _read_table(first), _read_table(second), first.name
+    before, after, name = _read_texts(first), _read_texts(second), first.name
     if list(before) != list(after) or not before["image"].equals(after["image"]):
         return [f"{name}: of other images or findings ({len(before):,} images then, {len(after):,} now)"], None
     scores = [column for column in before if column.endswith("_score")]
     told = [] if before.drop(columns=scores).equals(after.drop(columns=scores)) else [f"{name}: other labels"]
-    gap = float((before[scores] - after[scores]).abs().max().max())
-    return [*told, *([f"{name}: scores differ by up to {gap:.3g}"] if gap else [])], gap
+    if before[scores].equals(after[scores]):
+        return told, 0.0
+    gap = float((before[scores].map(float) - after[scores].map(float)).abs().max().max())
+    return [*told, f"{name}: scores differ by up to {gap:.3g}"], gap
 
 
 def _compare_metrics(first: Path, second: Path) -> tuple[list[str], float | None]:
@@ -275,10 +273,11 @@ def _leaves(value: Any, name: tuple = ()) -> Iterator[tuple[tuple, Any]]:
             yield from _leaves(below, (*name, key))
 
 
-def _read_table(path: Path):
+def _read_texts(path: Path):
+    """A CSV file with its numbers as they are written: each has all its digits, and no reader rounds them."""
     import pandas as pd  # only needed here, and slow to import
 
-    return pd.read_csv(path, float_precision="round_trip")
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
 def _code_of(path: Path) -> str:

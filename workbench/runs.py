@@ -125,11 +125,14 @@ def read_run(folder: str | os.PathLike) -> dict:
     """
     path = Path(folder) / "run.json"
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except FileNotFoundError:
         raise WorkbenchError(f"There is no run in {folder}: `workbench runs` lists those there are.") from None
     except (ValueError, OSError) as error:
         raise WorkbenchError(f"The run's record {path} cannot be read ({error}): it was changed by hand.") from None
+    if not isinstance(record, dict):
+        raise WorkbenchError(f"The run's record {path} is no record of a run: it was changed by hand.")
+    return record
 
 
 def update_run(folder: str | os.PathLike, **changes: Any) -> dict:
