@@ -36,9 +36,6 @@ QUICK = {
     "batch_size": 8,
     "epochs": 2,
     "learning_rate": 0.003,
-    "measured_steps": 2,
-    "warmup_steps": 1,
-    "worker_counts": [1],
     "resamples": 20,
     "heat_maps": 0,
 }
@@ -539,22 +536,27 @@ def workbench(root, *arguments, **settings):
 
 @pytest.mark.notebooks
 @pytest.mark.mpi
-def test_a_run_repeated_elsewhere_from_its_folder_alone_is_the_same_to_the_last_digit(tmp_path):
+def test_a_run_repeated_elsewhere_from_its_folder_alone_is_the_same_to_the_last_digit(tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "there"
     for root in (here, there):
         shutil.copytree(ROOT / "notebooks", root / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    workbench(here, "run", "synthetic", "--name", "quick", **QUICK)
-    (here / "results" / "quick").rename(tmp_path / "copied")
+    monkeypatch.setenv("WORKBENCH_ROOT", str(here))
+    parameters = batch.check_parameters(here, QUICK, where="here")
+    folder = runs.create_run(here, "quick", recipe="synthetic", parameters=parameters)
+    batch.execute(here, folder, parameters, ["02_write_shards", "03_train", "04_evaluate"])
+    folder.rename(tmp_path / "copied")
 
     said = workbench(there, "rerun", str(tmp_path / "copied"), "--name", "again")
     assert "Nothing differs from the run copied" in said
     assert "data: the same shards as then, by their hashes" in said
     assert "The same as copied to the last digit: history.csv, predictions-test.csv, predictions-val.csv, m" in said
-    told = runs.read_run(there / "results" / "again")["rerun"]
+    again = there / "results" / "again"
+    told = runs.read_run(again)["rerun"]
     assert (told["differences"], told["data"], told["result"]["same"]) == ([], [], True)
+    assert (again / "metrics.json").read_bytes() == (tmp_path / "copied" / "metrics.json").read_bytes()
     assert not (there / "results" / "quick").exists()
 
-    # Of other data and for longer, but for the training alone, so that the test does not take as long again.
+    # Of other data and shorter; the training alone, so that the test does not take as long again.
     record = runs.read_run(tmp_path / "copied")
     record["stages"] = {"02_write_shards": {}, "03_train": {}}
     record["parameters"] |= {"seed": 1, "shard_folder": "data/other", "data_folder": "data/made-up"}
