@@ -165,26 +165,19 @@ def test_a_broken_run_is_shown_and_hides_no_other(tmp_path, monkeypatch, capsys,
 
 
 def test_what_another_user_keeps_closed_is_shown_or_passed_over(tmp_path):
-    """As a user without root's rights; the folder of pytest is open to all for the time of the test."""
+    """As a user without root's rights, for whom the folders above are closed: paths are relative to the root."""
     for name in ("whole", "closed-file", "closed-folder"):
         runs.create_run(tmp_path, name)
+    tmp_path.chmod(0o755)
     (tmp_path / "results" / "closed-file" / "run.json").chmod(0)
     (tmp_path / "results" / "closed-folder").chmod(0)
     code = (
-        "import json, os, sys\nfrom pathlib import Path\nimport pandas\nfrom workbench import runs\n"
-        "os.chdir(sys.argv[1])\nos.geteuid() or os.setuid(65534)\n"
+        "import json, os\nfrom pathlib import Path\nimport pandas\nfrom workbench import runs\n"
+        "os.geteuid() or os.setuid(65534)\n"
         "print(json.dumps(runs.list_runs(Path()).set_index('run')['status'].to_dict()))"
     )
-    opened = [path for path in tmp_path.parents if path.stat().st_uid == os.getuid() and not path.stat().st_mode & 1]
-    before = [path.stat().st_mode for path in opened]
-    try:
-        for path in opened:
-            path.chmod(0o711)
-        done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
-    finally:
-        for path, mode in zip(opened, before, strict=True):
-            path.chmod(mode)
-        (tmp_path / "results" / "closed-folder").chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    (tmp_path / "results" / "closed-folder").chmod(0o755)
     assert done.stderr == ""
     assert json.loads(done.stdout) == {"whole": "running", "closed-file": "unreadable"}
 

@@ -20,7 +20,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def read_run(folder: str | os.PathLike) -> dict:
         record = json.loads(path.read_text())
     except FileNotFoundError:
         raise WorkbenchError(f"There is no run in {folder}: `workbench runs` lists those there are.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise WorkbenchError(f"The run's record {path} cannot be read ({error}): it was changed by hand.") from None
     if not isinstance(record, dict):
         raise WorkbenchError(f"The run's record {path} is no record of a run: it was changed by hand.")
@@ -177,18 +177,29 @@ def find_run(root: str | os.PathLike, name: str = "", *, having: str = "run.json
         if not (folder / having).exists():
             raise WorkbenchError(f"The run `{name}` has no {having} yet: run the earlier notebooks on it first.")
         return folder
-    found = [path for path in results.glob("*/run.json") if (path.parent / having).exists()]
+    found = {}
+    for path in results.glob("*/run.json"):
+        with suppress(WorkbenchError):  # a broken record hides no other run
+            started = read_run(path.parent).get("started")
+            if isinstance(started, str) and (path.parent / having).exists():
+                found[path.parent] = started
     if not found:
         raise WorkbenchError(
             f"No run under {results} has {having}: run notebook 03_train first, or `workbench run synthetic`."
         )
-    return max(found, key=lambda path: read_run(path.parent)["started"]).parent
+    return max(found, key=found.get)
 
 
 def read_metrics(folder: str | os.PathLike) -> dict:
-    """A run's `metrics.json`, or an empty dictionary as long as it has none."""
+    """A run's `metrics.json`, or an empty dictionary as long as it has none; a WorkbenchError if it is broken."""
     path = Path(folder) / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        metrics = json.loads(path.read_text()) if path.exists() else {}
+    except (ValueError, OSError, RecursionError) as error:
+        raise WorkbenchError(f"{path} cannot be read ({error}): run notebook 04_evaluate on the run again.") from None
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("test", {}), dict):
+        raise WorkbenchError(f"{path} holds no metrics: run notebook 04_evaluate on the run again.")
+    return metrics
 
 
 def list_runs(root: str | os.PathLike):
@@ -204,26 +215,30 @@ def list_runs(root: str | os.PathLike):
     for path in Path(root).glob("results/*/run.json"):
         folder = path.parent
         try:
-            record, metrics = read_run(folder), read_metrics(folder)
-        except (WorkbenchError, ValueError):
-            record, metrics = {"status": "unreadable"}, {}
-        rows.append(
-            {
-                "run": folder.name,
-                "recipe": record.get("recipe", ""),
-                "status": record.get("status", ""),
-                "started": record.get("started", ""),
-                "minutes": minutes(record),
-                "workers": record.get("world_size"),
-                "images_per_second": record.get("images_per_second"),
-                "mean_auroc": metrics.get("test", {}).get("mean_auroc"),
-            }
-        )
+            rows.append(_row(folder))
+        except (WorkbenchError, ValueError, TypeError, KeyError, AttributeError):
+            rows.append({"run": folder.name, "recipe": "", "status": "unreadable", "started": ""})
     columns = ["run", "recipe", "status", "started", "minutes", "workers", "images_per_second", "mean_auroc"]
     table = pd.DataFrame(rows, columns=columns).sort_values("started", ascending=False, ignore_index=True)
     for name in columns[4:]:
         table[name] = pd.to_numeric(table[name])
     return table.astype({"workers": "Int64"})
+
+
+def _row(folder: Path) -> dict:
+    """A run's row of `list_runs`; raises one of several errors if the record is of other kinds than we write."""
+    record, metrics = read_run(folder), read_metrics(folder)
+    texts = {name: str(record.get(name) or "") for name in ("recipe", "status", "started")}
+    numbers = {
+        "minutes": minutes(record),
+        "workers": record.get("world_size"),
+        "images_per_second": record.get("images_per_second"),
+        "mean_auroc": metrics.get("test", {}).get("mean_auroc"),
+    }
+    numbers = {name: None if value is None else float(value) for name, value in numbers.items()}
+    if numbers["workers"] not in (None, *range(100_000)):
+        raise ValueError("not a number of workers")
+    return {"run": folder.name} | texts | numbers
 
 
 def minutes(record: Mapping) -> float | None:
