@@ -164,6 +164,13 @@ def test_a_broken_run_is_shown_and_hides_no_other(tmp_path, monkeypatch, capsys,
     assert "bad" in (tmp_path / "results" / "index.html").read_text()
 
 
+@pytest.mark.parametrize("content", ["", "[1]", '{"test": [1]}', "[" * 100_000])
+def test_broken_metrics_are_one_sentence(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(WorkbenchError, match=r"metrics\.json .*: run notebook 04_evaluate on the run again\."):
+        runs.read_metrics(tmp_path)
+
+
 def test_what_another_user_keeps_closed_is_shown_or_passed_over(tmp_path):
     """As a user without root's rights, for whom the folders above are closed: paths are relative to the root."""
     for name in ("whole", "closed-file", "closed-folder"):
