@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import subprocess
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from workbench import WorkbenchError, runs
+from workbench import WorkbenchError, cli, runs
 
 
 def test_a_run_has_a_folder_and_a_record(tmp_path):
@@ -116,6 +118,88 @@ def test_a_broken_record_is_one_sentence_and_hides_no_other_run(tmp_path):
         "first": "unreadable",
         "second": "broken off",
     }
+
+
+WHOLE = {"name": "bad", "recipe": "mine", "status": "finished", "started": "2026-01-01T00:00:00+00:00", "ended": None}
+
+
+@pytest.mark.parametrize(
+    ("record", "metrics", "status"),
+    [
+        ("", None, "unreadable"),
+        ("[]", None, "unreadable"),
+        ("null", None, "unreadable"),
+        ("[" * 100_000, None, "unreadable"),
+        (b"\xff\xfe", None, "unreadable"),
+        ("{}", None, ""),
+        ({"started": 5}, None, "finished"),
+        ({"recipe": None, "status": ["odd"]}, None, "['odd']"),
+        ({"ended": "2026-01-01T00:00:00"}, None, "unreadable"),
+        ({"ended": "yesterday"}, None, "unreadable"),
+        ({"ended": "2026-01-01T00:00:00+00:00", "stages": {"01": {}}}, None, "unreadable"),
+        ({"world_size": "two"}, None, "unreadable"),
+        ({"world_size": 1e30}, None, "unreadable"),
+        ({"world_size": 2.5}, None, "unreadable"),
+        ({"images_per_second": {}}, None, "unreadable"),
+        ({}, "", "unreadable"),
+        ({}, "[1]", "unreadable"),
+        ({}, '{"test": [1]}', "unreadable"),
+        ({}, '{"test": {"mean_auroc": "high"}}', "unreadable"),
+        ({}, '{"test": {"mean_auroc": 0.8, "ci_low": "low", "ci_high": 1}}', "finished"),
+        ({}, '{"val": {}}', "finished"),
+    ],
+)
+def test_a_broken_run_is_shown_and_hides_no_other(tmp_path, monkeypatch, capsys, record, metrics, status):
+    runs.create_run(tmp_path, "whole")
+    folder = tmp_path / "results" / "bad"
+    folder.mkdir()
+    text = json.dumps(WHOLE | record) if isinstance(record, dict) else record
+    (folder / "run.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    if metrics is not None:
+        (folder / "metrics.json").write_text(metrics)
+    (tmp_path / "results" / "no-run").mkdir()
+    (tmp_path / "results" / "a-file.json").touch()
+    assert runs.list_runs(tmp_path).set_index("run")["status"].to_dict() == {"whole": "running", "bad": status}
+    monkeypatch.setenv("WORKBENCH_ROOT", str(tmp_path))
+    for more in ([], ["--html"]):
+        assert cli.main(["runs", *more]) == 0
+    assert "bad" in capsys.readouterr().out
+    assert "bad" in (tmp_path / "results" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"test": [1]}', "[" * 100_000])
+def test_broken_metrics_are_one_sentence(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(WorkbenchError, match=r"metrics\.json .*: run notebook 04_evaluate on the run again\."):
+        runs.read_metrics(tmp_path)
+
+
+def test_what_another_user_keeps_closed_is_shown_or_passed_over(tmp_path):
+    """As a user without root's rights, for whom the folders above are closed: paths are relative to the root."""
+    for name in ("whole", "closed-file", "closed-folder"):
+        runs.create_run(tmp_path, name)
+    tmp_path.chmod(0o755)
+    (tmp_path / "results" / "closed-file" / "run.json").chmod(0)
+    (tmp_path / "results" / "closed-folder").chmod(0)
+    code = (
+        "import json, os\nfrom pathlib import Path\nimport pandas\nfrom workbench import runs\n"
+        "os.geteuid() or os.setuid(65534)\n"
+        "print(json.dumps(runs.list_runs(Path()).set_index('run')['status'].to_dict()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    (tmp_path / "results" / "closed-folder").chmod(0o755)
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == {"whole": "running", "closed-file": "unreadable"}
+
+
+def test_find_passes_over_broken_records(tmp_path):
+    for name, content in (("a", "[]"), ("b", "{}"), ("c", '{"started": 5}'), ("d", "")):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        (tmp_path / "results" / name / "run.json").write_text(content)
+    with pytest.raises(WorkbenchError, match=r"No run under .* has run\.json"):
+        runs.find_run(tmp_path)
+    runs.create_run(tmp_path, "whole")
+    assert runs.find_run(tmp_path).name == "whole"
 
 
 def test_minutes_are_those_of_the_stages(tmp_path):

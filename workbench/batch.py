@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from workbench import Interrupted, WorkbenchError, report, runs
+from workbench import Interrupted, WorkbenchError, provenance, report, runs
 from workbench.training.config import TrainConfig
 
 # What each notebook is for, as the progress line says it.
@@ -73,8 +73,7 @@ def run_recipe(
     parameters = check_parameters(root, chosen | dict(overrides or {}), where=label)
     stages = _from(first)
     folder = runs.create_run(root, name, recipe=label, parameters=parameters)
-    with runs.locked(folder):
-        return _execute(root, folder, parameters, stages)
+    return execute(root, folder, parameters, stages)
 
 
 def resume_run(root: Path, name: str, *, overrides: Mapping[str, Any] | None = None, first: str = "") -> Path:
@@ -84,19 +83,15 @@ def resume_run(root: Path, name: str, *, overrides: Mapping[str, Any] | None = N
     process is carrying the run on now.
     """
     folder = runs.find_run(root, name)
-    with runs.locked(folder):
-        return _resume(root, folder, dict(overrides or {}), first)
-
-
-def _resume(root: Path, folder: Path, overrides: dict, first: str) -> Path:
-    name = folder.name
-    record = runs.read_run(folder)
-    parameters = check_parameters(root, record["parameters"] | overrides, where=f"the run {name}")
+    name, record = folder.name, runs.read_run(folder)
+    parameters = check_parameters(root, record["parameters"] | dict(overrides or {}), where=f"the run {name}")
     left = next((stage for stage, told in record["stages"].items() if told["status"] != "finished"), None)
     if not first and left is None:
         raise WorkbenchError(f"The run `{name}` is finished: nothing is left to resume, unless you say --from STAGE.")
-    runs.update_run(folder, status="running", ended=None, parameters=parameters)
-    return _execute(root, folder, parameters, _from(first or left))
+    now = provenance.describe(root) | {"versions": runs.versions(), "git": runs.git_commit(root)}
+    for phrase in provenance.differences(record, now):
+        print(f"not as when the run began: {phrase}")
+    return execute(root, folder, parameters, _from(first or left))
 
 
 def read_recipe(root: Path, recipe: str) -> tuple[str, dict]:
@@ -197,7 +192,19 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     return parsed
 
 
-def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> Path:
+def execute(
+    root: Path, folder: Path, parameters: dict, stages: list[str], *, after: Callable[[str], None] | None = None
+) -> Path:
+    """Carry a run that has been made through these stages; `after` is called with each one that is done."""
+    with runs.locked(folder):
+        runs.update_run(folder, status="running", ended=None, parameters=parameters)
+        _execute(root, folder, parameters, stages, after)
+        runs.update_run(folder, status="finished", ended=runs.now())
+        report.write_report(folder)
+    return folder
+
+
+def _execute(root: Path, folder: Path, parameters: dict, stages: list[str], after: Callable | None) -> None:
     os.environ["WORKBENCH_PLAIN_PROGRESS"] = "1"
     # The kernel of this environment, whatever kernels the user has installed elsewhere.
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
@@ -235,9 +242,8 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> P
         seconds = round(before + time.monotonic() - began, 1)
         runs.update_run(folder, stages={stage: {"status": "finished", "seconds": seconds}})
         print(f"[{number}/{len(STAGES)}] {stage}: done in {seconds:.0f} s", flush=True)
-    runs.update_run(folder, status="finished", ended=runs.now())
-    report.write_report(folder)
-    return folder
+        if after:
+            after(stage)
 
 
 class _Interrupts:

@@ -35,10 +35,25 @@ def _run(options: argparse.Namespace) -> None:
 
     root, settings = runs.project_root(), batch.parse_settings(options.set)
     if options.resume:
+        from workbench import rerun
+
         folder = batch.resume_run(root, options.resume, overrides=settings, first=options.first)
+        rerun.finish(folder)
     else:
         folder = batch.run_recipe(root, options.recipe, overrides=settings, name=options.name, first=options.first)
     _summarise(folder)
+
+
+def _rerun(options: argparse.Namespace) -> int:
+    from workbench import batch, rerun, runs
+
+    root, settings = runs.project_root(), batch.parse_settings(options.set)
+    if options.check:
+        plan = rerun.plan_rerun(root, options.run, overrides=settings)
+        rerun.tell(plan)
+        return int(bool(plan.differences))
+    _summarise(rerun.rerun(root, options.run, overrides=settings, name=options.name))
+    return 0
 
 
 def _summarise(folder) -> None:
@@ -72,7 +87,7 @@ def _runs(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from workbench import runs
+    from workbench import files, runs
     from workbench.analysis import comparison, evaluation, plots
 
     root, sides = runs.project_root(), []
@@ -91,7 +106,7 @@ def _compare(options: argparse.Namespace) -> None:
     name = f"compare-{options.first}"
     axes = plots.plot_comparison(table, first=options.first, second=options.second)
     runs.save_figure(axes, files[-1], name)
-    with runs.written_whole(files[-1] / "figures" / f"{name}.csv") as part:
+    with files.written_whole(files[-1] / "figures" / f"{name}.csv") as part:
         table.to_csv(part)
     print(files[-1] / "figures" / f"{name}.png")
 
@@ -102,7 +117,7 @@ NOTICE = "Research software, not a medical device: not for diagnosis."
 def _predict(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from workbench import runs
+    from workbench import files, runs
     from workbench.analysis import predictions
 
     folder = runs.find_run(runs.project_root(), options.run, having="model.keras")
@@ -122,7 +137,7 @@ def _predict(options: argparse.Namespace) -> int:
         print(predictions.format_judgement(rows.sort_values("probability", ascending=False)))
     print(f"\n{predictions.describe_judgement(table)} {NOTICE}")
     if options.csv:
-        with runs.written_whole(options.csv) as part:
+        with files.written_whole(options.csv) as part:
             table.to_csv(part, index=False)
         print(options.csv)
     if options.heat_maps and len(answer["scores"]):
@@ -183,6 +198,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="first", default="", metavar="STAGE", help="begin with this stage, such as 03")
     run.add_argument("--resume", default="", metavar="RUN", help="go on with a run where it stopped")
     run.set_defaults(call=_run)
+
+    rerun = commands.add_parser(
+        "rerun",
+        help="repeat a run from its folder alone, and compare the results",
+        description="Repeat a run in a new one with the parameters of its record: first it tells what differs from "
+        "then (versions, code, machine, data, parameters), afterwards what came out differently, if anything did.",
+    )
+    rerun.add_argument("run", metavar="RUN", help="a run under results/, or the folder of a run from elsewhere")
+    rerun.add_argument("--name", default="", help="the new run's name (default: the old one's and the time)")
+    rerun.add_argument("--check", action="store_true", help="only tell what differs; ends with 1 if anything does")
+    rerun.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a parameter; may be given repeatedly"
+    )
+    rerun.set_defaults(call=_rerun)
 
     all_runs = commands.add_parser("runs", help="all runs as a table, the newest first")
     all_runs.add_argument("--html", action="store_true", help="write them as a page, results/index.html, with links")

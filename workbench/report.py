@@ -19,7 +19,7 @@ from typing import Any
 
 import nbformat
 
-from workbench import runs
+from workbench import files, runs
 
 _NOTICE = "Research software, not a medical device: nothing here is for diagnosis."
 _STYLE = """
@@ -80,7 +80,8 @@ def write_overview(root: Path) -> Path:
         for key, form in (("minutes", ".1f"), ("workers", "d"), ("images_per_second", ".1f"), ("mean_auroc", ".4f")):
             known = told[key] == told[key] and told[key] is not None and str(told[key]) != "<NA>"
             cells += f"<td>{format(told[key], form) if known else ''}</td>"
-        rows.append(f'<tr>{cells}<td class="text">{_whisker(runs.read_metrics(folder).get("test", {}))}</td></tr>')
+        test = {} if told["status"] == "unreadable" else runs.read_metrics(folder).get("test", {})
+        rows.append(f'<tr>{cells}<td class="text">{_whisker(test)}</td></tr>')
     heads = ["Run", "Recipe", "Status", "Started (UTC)", "Minutes", "Workers", "Images/s", "Mean AUROC"]
     head = "".join(f'<th class="{"text" if k < 4 else ""}">{name}</th>' for k, name in enumerate(heads))
     scale = '<th class="text">Mean test AUROC with 95 % interval, 0.5 to 1</th>'
@@ -195,7 +196,7 @@ def _navigation(name: str, contents: list[list[tuple[str, str]]]) -> str:
 def _whisker(test: Mapping[str, Any]) -> str:
     """The mean AUROC as a dot on a scale from 0.5 to 1, its interval as a line."""
     numbers = [test.get(name) for name in ("ci_low", "mean_auroc", "ci_high")]
-    if None in numbers:
+    if not all(isinstance(number, int | float) for number in numbers):
         return ""
     low, middle, high = (200 * (min(max(x, 0.5), 1) - 0.5) / 0.5 + 5 for x in numbers)
     return (
@@ -209,7 +210,7 @@ def _write(path: Path, title: str, body: str) -> None:
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
-    with runs.written_whole(path) as part:
+    with files.written_whole(path) as part:
         part.write_text(
             f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>'
         )

@@ -26,12 +26,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from workbench import WorkbenchError
+from workbench import WorkbenchError, provenance
 from workbench.files import held, is_held, written_whole
 
 # Held by the process that carries a recipe through the notebooks, and by the rank that trains and writes.
 RUN_LOCK, TRAINING_LOCK = ".run.lock", ".training.lock"
 VERSIONS_OF = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "numpy", "workbench")
+VERSIONS_OF += ("kornia-rs", "pandas", "pillow", "scikit-learn", "scipy")
 
 
 def project_root() -> Path:
@@ -49,12 +50,15 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         part.write_text(text)
 
 
-def create_run(root: str | os.PathLike, name: str = "", *, recipe: str = "", parameters: Mapping | None = None) -> Path:
+def create_run(
+    root: str | os.PathLike, name: str = "", *, label: str = "", recipe: str = "", parameters: Mapping | None = None
+) -> Path:
     """Make `results/<name>/` with its record `run.json` and return the folder.
 
     Args:
         root: the project's top folder.
-        name: letters, digits, dot, dash and underscore; it becomes the folder's name. Empty for recipe and time.
+        name: letters, digits, dot, dash and underscore; it becomes the folder's name. Empty for a new one.
+        label: what a new name begins with, before the time; empty for the recipe.
         recipe: which recipe the run follows; empty for a run by hand.
         parameters: the parameters of all its notebooks, kept in the record.
 
@@ -69,7 +73,7 @@ def create_run(root: str | os.PathLike, name: str = "", *, recipe: str = "", par
     results = Path(root) / "results"
     try:
         results.mkdir(parents=True, exist_ok=True)
-        for free in _free_names(name, recipe):
+        for free in _free_names(name, label or recipe or "notebook"):
             folder = results / free
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
@@ -84,6 +88,7 @@ def create_run(root: str | os.PathLike, name: str = "", *, recipe: str = "", par
         raise WorkbenchError(
             f"Cannot make the run's folder in {results} ({error.strerror}): check that results/ can be written."
         ) from None
+    provenance.keep_changes(root, folder)
     write_json(
         folder / "run.json",
         {
@@ -97,17 +102,18 @@ def create_run(root: str | os.PathLike, name: str = "", *, recipe: str = "", par
             "versions": versions(),
             "git": git_commit(root),
             "hosts": [socket.gethostname()],
-        },
+        }
+        | provenance.describe(root),
     )
     return folder
 
 
-def _free_names(name: str, recipe: str) -> Iterator[str]:
-    """The name that is asked for, or else recipe and local time, with a number where several start in one second."""
+def _free_names(name: str, label: str) -> Iterator[str]:
+    """The name that is asked for, or else a label and the local time, with a number where several start in one second."""
     if name:
         yield name
         return
-    name = f"{recipe or 'notebook'}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{label}-{datetime.now():%Y%m%d-%H%M%S}"
     yield name
     yield from (f"{name}-{number}" for number in itertools.count(2))
 
@@ -120,11 +126,14 @@ def read_run(folder: str | os.PathLike) -> dict:
     """
     path = Path(folder) / "run.json"
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except FileNotFoundError:
         raise WorkbenchError(f"There is no run in {folder}: `workbench runs` lists those there are.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise WorkbenchError(f"The run's record {path} cannot be read ({error}): it was changed by hand.") from None
+    if not isinstance(record, dict):
+        raise WorkbenchError(f"The run's record {path} is no record of a run: it was changed by hand.")
+    return record
 
 
 def update_run(folder: str | os.PathLike, **changes: Any) -> dict:
@@ -193,18 +202,29 @@ def find_run(root: str | os.PathLike, name: str = "", *, having: str = "run.json
         if not (folder / having).exists():
             raise WorkbenchError(f"The run `{name}` has no {having} yet: run the earlier notebooks on it first.")
         return folder
-    found = [path for path in results.glob("*/run.json") if (path.parent / having).exists()]
+    found = {}
+    for path in results.glob("*/run.json"):
+        with contextlib.suppress(WorkbenchError):  # a broken record hides no other run
+            started = read_run(path.parent).get("started")
+            if isinstance(started, str) and (path.parent / having).exists():
+                found[path.parent] = started
     if not found:
         raise WorkbenchError(
             f"No run under {results} has {having}: run notebook 03_train first, or `workbench run synthetic`."
         )
-    return max(found, key=lambda path: read_run(path.parent)["started"]).parent
+    return max(found, key=found.get)
 
 
 def read_metrics(folder: str | os.PathLike) -> dict:
-    """A run's `metrics.json`, or an empty dictionary as long as it has none."""
+    """A run's `metrics.json`, or an empty dictionary as long as it has none; a WorkbenchError if it is broken."""
     path = Path(folder) / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        metrics = json.loads(path.read_text()) if path.exists() else {}
+    except (ValueError, OSError, RecursionError) as error:
+        raise WorkbenchError(f"{path} cannot be read ({error}): run notebook 04_evaluate on the run again.") from None
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("test", {}), dict):
+        raise WorkbenchError(f"{path} holds no metrics: run notebook 04_evaluate on the run again.")
+    return metrics
 
 
 def list_runs(root: str | os.PathLike):
@@ -220,28 +240,32 @@ def list_runs(root: str | os.PathLike):
     for path in Path(root).glob("results/*/run.json"):
         folder = path.parent
         try:
-            record, metrics = read_run(folder), read_metrics(folder)
-        except (WorkbenchError, ValueError):
-            record, metrics = {"status": "unreadable"}, {}
-        if record.get("status") == "running" and not is_written(folder):
-            record["status"] = "broken off"
-        rows.append(
-            {
-                "run": folder.name,
-                "recipe": record.get("recipe", ""),
-                "status": record.get("status", ""),
-                "started": record.get("started", ""),
-                "minutes": minutes(record),
-                "workers": record.get("world_size"),
-                "images_per_second": record.get("images_per_second"),
-                "mean_auroc": metrics.get("test", {}).get("mean_auroc"),
-            }
-        )
+            rows.append(_row(folder))
+        except (WorkbenchError, ValueError, TypeError, KeyError, AttributeError):
+            rows.append({"run": folder.name, "recipe": "", "status": "unreadable", "started": ""})
     columns = ["run", "recipe", "status", "started", "minutes", "workers", "images_per_second", "mean_auroc"]
     table = pd.DataFrame(rows, columns=columns).sort_values("started", ascending=False, ignore_index=True)
     for name in columns[4:]:
         table[name] = pd.to_numeric(table[name])
     return table.astype({"workers": "Int64"})
+
+
+def _row(folder: Path) -> dict:
+    """A run's row of `list_runs`; raises one of several errors if the record is of other kinds than we write."""
+    record, metrics = read_run(folder), read_metrics(folder)
+    texts = {name: str(record.get(name) or "") for name in ("recipe", "status", "started")}
+    if texts["status"] == "running" and not is_written(folder):
+        texts["status"] = "broken off"
+    numbers = {
+        "minutes": minutes(record),
+        "workers": record.get("world_size"),
+        "images_per_second": record.get("images_per_second"),
+        "mean_auroc": metrics.get("test", {}).get("mean_auroc"),
+    }
+    numbers = {name: None if value is None else float(value) for name, value in numbers.items()}
+    if numbers["workers"] not in (None, *range(100_000)):
+        raise ValueError("not a number of workers")
+    return {"run": folder.name} | texts | numbers
 
 
 def minutes(record: Mapping) -> float | None:

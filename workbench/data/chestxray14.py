@@ -11,6 +11,7 @@ from `shards` and `pipeline`, in batches.
     pixels = radiographs.read_radiograph(frame["path"].iloc[0])   # uint8 (height, width)
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -171,6 +172,39 @@ def read_boxes(folder: str | Path) -> pd.DataFrame:
         ) from None
     boxes["finding"] = boxes["finding"].replace("Infiltrate", "Infiltration")
     return boxes
+
+
+def hash_sources(
+    folder: str | Path,
+    *,
+    split: str = "official",
+    train_list: str | Path | None = None,
+    val_list: str | Path | None = None,
+    test_list: str | Path | None = None,
+) -> dict[str, str]:
+    """SHA-256 of the files that labels, boxes and splits are read from: name -> 64 hexadecimal digits.
+
+    Args:
+        folder: where NIH's table and lists lie.
+        split: as for `read_dataset`; with the lists it says which files count.
+        train_list: for "lists", as are `val_list` and `test_list`; named in the answer as they are named here.
+        val_list: see `train_list`.
+        test_list: see `train_list`.
+
+    Raises:
+        WorkbenchError: there is no table, or a file cannot be read.
+    """
+    folder = Path(folder)
+    lists = {"official": ("train_val_list.txt", "test_list.txt"), "lists": (train_list, val_list, test_list)}
+    boxes = ("BBox_List_2017.csv",) if (folder / "BBox_List_2017.csv").exists() else ()
+    hashes = {}
+    for name in (_find_table(folder).name, *boxes, *filter(None, lists.get(split, ()))):
+        try:
+            with (folder / name).open("rb") as file:
+                hashes[str(name)] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise WorkbenchError(f"`{folder / name}` cannot be read ({error.strerror}): put it there again.") from None
+    return hashes
 
 
 def findings_of(frame: pd.DataFrame) -> list[str]:

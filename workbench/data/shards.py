@@ -336,7 +336,8 @@ def _write_shard(path: Path, images: list[bytes], labels: np.ndarray, rows: rang
                 "row": tf.train.Feature(int64_list=tf.train.Int64List(value=[row])),
             }
             example = tf.train.Example(features=tf.train.Features(feature=feature))
-            writer.write(example.SerializeToString())
+            # The same bytes from every version of the library, so that shards written again have the same hash.
+            writer.write(example.SerializeToString(deterministic=True))
     os.replace(part, path)
 
 
