@@ -15,7 +15,7 @@ import numpy as np
 
 from workbench import WorkbenchError
 
-MOST_PIXELS = 90_000_000  # ten times what a large detector gives; fewer than a decompression bomb needs to hurt
+MOST_PIXELS = 90_000_000  # five times what a large detector gives
 
 
 def is_dicom(encoded: bytes) -> bool:
@@ -27,7 +27,7 @@ def check_pixels(pixels: int, path: str | Path) -> None:
     """Refuse an image that claims absurdly many pixels, before memory is taken for them."""
     if pixels > MOST_PIXELS:
         raise WorkbenchError(
-            f"`{path}` claims {pixels:,} pixels, more than the {MOST_PIXELS:,} that a radiograph may have: give it in a "
+            f"`{path}` claims {pixels:,} pixels, more than the {MOST_PIXELS:,} a radiograph may have: give it in a "
             "smaller size, or remove it."
         )
 

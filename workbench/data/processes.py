@@ -42,7 +42,7 @@ def in_order(function: Callable, jobs: Iterable[tuple], *, count: int) -> Iterat
         except BrokenProcessPool:
             raise WorkbenchError(
                 "a process that decodes images was killed, perhaps for lack of memory: use fewer processes, "
-                "and call again; finished shards are kept."
+                "and call again; what is finished is kept."
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -116,7 +116,7 @@ def _read_file(path: str | Path) -> bytes:
             raise WorkbenchError(f"`{path}` is {kind}, not an image file: remove it, or give the file itself.")
         if told.st_size > MOST_BYTES:
             raise WorkbenchError(
-                f"`{path}` has {told.st_size:,} bytes, more than the {MOST_BYTES:,} that a radiograph may have: remove it."
+                f"`{path}` has {told.st_size:,} bytes, more than the {MOST_BYTES:,} a radiograph may have: remove it."
             )
         if told.st_size == 0:
             raise WorkbenchError(

@@ -99,18 +99,22 @@ def copy_records(source: Path, target: Path, images: int, leave_out: set[int]) -
 
     Raises:
         WorkbenchError: another record than those is damaged.
+        OSError: the new file cannot be written.
     """
     tf, copied = import_tensorflow(), 0
-    with tf.io.TFRecordWriter(str(target)) as writer:
-        for number, record, wrong in walk_records(source, images):
-            if number in leave_out:
-                continue
-            if record is None:
-                raise WorkbenchError(
-                    f"Record {number + 1} of `{source}` {wrong} only now: check that disk, and resume."
-                )
-            writer.write(record)
-            copied += 1
+    try:
+        with tf.io.TFRecordWriter(str(target)) as writer:
+            for number, record, wrong in walk_records(source, images):
+                if number in leave_out:
+                    continue
+                if record is None:
+                    raise WorkbenchError(
+                        f"Record {number + 1} of `{source}` {wrong}, and did not a moment ago: check that disk."
+                    )
+                writer.write(record)
+                copied += 1
+    except tf.errors.OpError as error:
+        raise OSError(None, core_of(error)) from None
     return copied
 
 

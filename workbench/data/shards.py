@@ -173,12 +173,9 @@ def find_faults(folder: str | Path, *, bar: TextIO | None = None) -> Iterator[tu
     """
     folder, info = Path(folder), read_info(folder)
     shards = [shard for split in SPLITS for shard in info["splits"][split]["shards"]]
-    table = folder / "images.csv"
     expected = None
-    if not table.is_file():
-        yield table, "is missing"
-    elif (wrong := _differs(table, info.get("table_sha256"))) is not None:
-        yield table, wrong
+    if fault := fault_of_table(folder, info):
+        yield folder / "images.csv", fault
     else:
         expected = read_images(folder)
     named = {shard["file"] for shard in shards}
@@ -403,13 +400,11 @@ def _describe_split(folder: Path, table: pd.DataFrame, split: str) -> dict:
 def _fault_of(folder: Path, info: dict, shard: dict, expected: pd.DataFrame | None) -> str:
     """What is wrong with a shard, in words; empty if it is as it was written."""
     path = folder / shard["file"]
+    said = differs(path, shard["sha256"])
     if not path.is_file():
-        return "is no file" if path.exists() else "is missing"
-    size = path.stat().st_size
-    if size != shard["bytes"]:
+        return said
+    if (size := path.stat().st_size) != shard["bytes"]:
         said = f"has {size:,} bytes instead of {shard['bytes']:,}"
-    else:
-        said = _differs(path, shard["sha256"]) or ""
     wrong_ones = examine_shard(folder, info, shard, expected, decode=bool(said))
     if not said and {held := count_records(path)} != {shard["images"], held if expected is None else len(expected)}:
         in_table = "" if expected is None else f" and images.csv {len(expected)}"
@@ -438,10 +433,17 @@ def describe_records(wrong_ones: dict[int, str], images: int, names: Sequence[st
     return "; ".join([*said, f"and {rest} more"] if rest else said)
 
 
-def _differs(path: Path, sha256: str | None) -> str | None:
-    """None, or in what way a file is not what was written."""
+def fault_of_table(folder: str | Path, info: dict) -> str:
+    """What is wrong with images.csv, in words; empty if it is as it was written."""
+    return differs(Path(folder) / "images.csv", info.get("table_sha256"))
+
+
+def differs(path: Path, sha256: str | None) -> str:
+    """In what way a file is not what was written, in words; empty if it is."""
     try:
-        return None if _sha256(path) == sha256 else "has changed since it was written"
+        if not path.is_file():  # a FIFO would be waited for
+            return "is no file" if path.exists() else "is missing"
+        return "" if _sha256(path) == sha256 else "has changed since it was written"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 

@@ -25,14 +25,15 @@ import tensorflow as tf
 from sklearn.metrics import roc_auc_score
 
 from workbench import WorkbenchError
-from workbench.data import pipeline, shards
+from workbench.data import damage, pipeline, shards
 from workbench.runs import now, update_run, written_whole
-from workbench.training import checkpoint, distributed, fast, network
+from workbench.training import checkpoint, distributed, fast, network, skipping
 from workbench.training.config import TrainConfig, better, decay_after
 
 Report = Callable[[dict], None]
 
 
+@skipping.damaged_records
 def train(
     config: TrainConfig, run_folder: str | os.PathLike, *, report: Report | None = None, resume: bool = False
 ) -> dict:
@@ -62,6 +63,8 @@ def train(
     # Asked before anything is built: the error about too few images should come at once.
     steps = pipeline.steps_per_epoch(train_images, batch_size=config.batch_size, size=world.size)
     tell = report if report and world.rank == 0 else lambda progress: None
+    if world.rank == 0:
+        skipping.record_skipped(config, folder)
     tell({"phase": "building the network"})
     model, optimizer = _build(config, len(info["findings"]), world)
     history, best, best_weights = [], None, None
@@ -134,6 +137,7 @@ def train(
     return summary
 
 
+@skipping.damaged_records
 def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3) -> dict:
     """Time training steps on the real shards, input included, without keeping anything.
 
@@ -219,7 +223,7 @@ def predict(
     )
     findings = len(shards.read_info(config.shard_folder)["findings"])
     labels, scores, rows = [np.zeros((0, findings), np.float32)], [np.zeros((0, findings), np.float32)], []
-    for radiographs, truth, where in _whole(batches, config.shard_folder):
+    for radiographs, truth, where in damage.each_batch(batches, config.shard_folder, split):
         scores.append(predict_step(radiographs).numpy())
         labels.append(truth.numpy())
         rows.extend(where.numpy())
@@ -298,7 +302,7 @@ def _build(config: TrainConfig, findings: int, world: distributed.World):
 
 def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell) -> dict:
     """One epoch over this rank's slice; returns the history row without its validation columns."""
-    batches = _whole(_training_batches(config, epoch, world), config.shard_folder)
+    batches = damage.each_batch(_training_batches(config, epoch, world), config.shard_folder, "train")
     # Horovod: the rate may grow with the number of workers, since the global batch does.
     rate = config.base_rate(world.size) * decay
     began = told = time.perf_counter()
@@ -357,21 +361,10 @@ def _training_batches(config: TrainConfig, epoch: int, world: distributed.World)
     )
 
 
-def _whole(batches: tf.data.Dataset, folder: str):
-    """The batches one by one; a record that fails its checksum becomes a sentence."""
-    try:
-        yield from batches
-    except tf.errors.DataLossError as error:
-        raise WorkbenchError(
-            f"A shard in {folder} is damaged ({error.message.split(' [')[0]}): notebook 02 finds out which; delete the "
-            "folder and write the shards again."
-        ) from None
-
-
 def _endless(config: TrainConfig, world: distributed.World):
     epoch = 0
     while True:
-        yield from _training_batches(config, epoch, world)
+        yield from damage.each_batch(_training_batches(config, epoch, world), config.shard_folder, "train")
         epoch += 1
 
 
