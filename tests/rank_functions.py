@@ -3,14 +3,16 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
+import pandas as pd
 import tensorflow as tf
 
 from workbench import WorkbenchError
 from workbench.data import pipeline
-from workbench.training import distributed, network, trainer
+from workbench.training import distributed, network, skipping, trainer
 
 
 def world():
@@ -137,6 +139,17 @@ def images_seen(shard_folder: str, *, batch_size: int, epoch: int):
         augment=False,
     )
     return [[image.tobytes() for image in images.numpy()] for images, _ in batches]
+
+
+@skipping.damaged_records
+def read_without_damage(config):
+    """What this rank reads in an epoch where damaged records are skipped, and what it skips."""
+    skipped = pd.read_csv(Path(config.shard_folder) / skipping.TABLE)
+    return {
+        "batches": images_seen(config.shard_folder, batch_size=config.batch_size, epoch=0),
+        "folder": config.shard_folder,
+        "skipped": skipped[["shard", "record"]].to_numpy().tolist(),
+    }
 
 
 def predicted(config, split: str):
