@@ -3,15 +3,13 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
-import pandas as pd
 import tensorflow as tf
 
 from workbench import WorkbenchError
-from workbench.data import pipeline
+from workbench.data import pipeline, shards
 from workbench.training import distributed, network, skipping, trainer
 
 
@@ -144,11 +142,11 @@ def images_seen(shard_folder: str, *, batch_size: int, epoch: int):
 @skipping.damaged_records
 def read_without_damage(config):
     """What this rank reads in an epoch where damaged records are skipped, and what it skips."""
-    skipped = pd.read_csv(Path(config.shard_folder) / skipping.TABLE)
+    skipped = shards.read_info(config.shard_folder)["skipped"]
     return {
         "batches": images_seen(config.shard_folder, batch_size=config.batch_size, epoch=0),
         "folder": config.shard_folder,
-        "skipped": skipped[["shard", "record"]].to_numpy().tolist(),
+        "skipped": [(one["shard"], one["record"]) for one in skipped],
     }
 
 

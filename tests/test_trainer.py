@@ -168,11 +168,11 @@ def test_mixed_precision_trains_and_is_resumed(tiny_config, new_run, precision):
 def test_a_checkpoint_of_something_else_or_a_damaged_one_is_refused(tiny_config, new_run):
     folder = new_run()
     trainer.train(replace(tiny_config, epochs=1), folder)
-    with pytest.raises(WorkbenchError, match=r"belongs to Tiny in float32, 32 px.* cannot be resumed with VGG16"):
+    with pytest.raises(WorkbenchError, match=r"is of `network` Tiny and cannot go on with VGG16"):
         trainer.train(replace(tiny_config, network="VGG16"), folder, resume=True)
     path = folder / "checkpoint" / "last.npz"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(WorkbenchError, match=r"last\.npz is damaged"):
+    with pytest.raises(WorkbenchError, match=r"No checkpoint can be used: .*last\.npz is damaged"):
         trainer.train(tiny_config, folder, resume=True)
 
 
@@ -290,6 +290,9 @@ def test_damaged_records_are_skipped_listed_and_every_other_image_is_used_once(d
     # The same seed, the same order; and so it is when the run is broken off and resumed.
     trainer.train(replace(config, epochs=1), again)
     assert trainer.train(config, again, resume=True)["weights_sha256"] == told["weights_sha256"]
+    said = capsys.readouterr().out
+    assert "`epochs` 1 -> 2" in said
+    assert "shard_folder" not in said, "the copies' folder is nobody's business"
     pd.testing.assert_frame_equal(history_of(folder), history_of(again), check_exact=True)
     assert not list(Path(tempfile.gettempdir()).glob("workbench-shards-*"))
 
@@ -336,7 +339,7 @@ def test_ranks_agree_on_what_is_skipped_and_do_equal_steps(ranks, damaged, tiny_
     seen = [image for rank in told for batch in rank["batches"] for image in batch]
     assert len(seen) == len(set(seen))
     assert not any(Path(rank["folder"]).exists() for rank in told), "copies are left behind"
-    assert told[0]["skipped"] == told[1]["skipped"] == [[file, record] for file, record in DAMAGED]
+    assert told[0]["skipped"] == told[1]["skipped"] == DAMAGED
     folder = new_run()
     digests = {rank["weights_sha256"] for rank in train(ranks, 2, config, folder)}
     assert len(digests) == 1

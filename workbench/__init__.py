@@ -20,3 +20,7 @@ class WorkbenchError(Exception):
     def _render_traceback_(self) -> list[str]:
         # IPython asks an exception for this; in a notebook the sentence says more than the stack.
         return [f"{type(self).__name__}: {self}"]
+
+
+class Interrupted(WorkbenchError):
+    """The user asked to stop, and it stopped where nothing is half done; the sentence says where and how to go on."""

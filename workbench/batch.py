@@ -10,12 +10,15 @@ the notebooks' own values. Executed notebooks, figures and the record go to the 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from workbench import WorkbenchError, report, runs
+from workbench import Interrupted, WorkbenchError, report, runs
 from workbench.training.config import TrainConfig
 
 # What each notebook is for, as the progress line says it.
@@ -69,18 +72,26 @@ def run_recipe(
     label, chosen = read_recipe(root, recipe)
     parameters = check_parameters(root, chosen | dict(overrides or {}), where=label)
     stages = _from(first)
-    folder = runs.create_run(root, name or runs.new_name(label), recipe=label, parameters=parameters)
-    return _execute(root, folder, parameters, stages)
+    folder = runs.create_run(root, name, recipe=label, parameters=parameters)
+    with runs.locked(folder):
+        return _execute(root, folder, parameters, stages)
 
 
 def resume_run(root: Path, name: str, *, overrides: Mapping[str, Any] | None = None, first: str = "") -> Path:
     """Go on with a run from its first stage that is not finished, or from the stage that is named.
 
-    Training goes on after its last complete epoch. Raises and returns as `run_recipe`.
+    Training goes on after its last complete epoch. Raises and returns as `run_recipe`, and a WorkbenchError if another
+    process is carrying the run on now.
     """
     folder = runs.find_run(root, name)
+    with runs.locked(folder):
+        return _resume(root, folder, dict(overrides or {}), first)
+
+
+def _resume(root: Path, folder: Path, overrides: dict, first: str) -> Path:
+    name = folder.name
     record = runs.read_run(folder)
-    parameters = check_parameters(root, record["parameters"] | dict(overrides or {}), where=f"the run {name}")
+    parameters = check_parameters(root, record["parameters"] | overrides, where=f"the run {name}")
     left = next((stage for stage, told in record["stages"].items() if told["status"] != "finished"), None)
     if not first and left is None:
         raise WorkbenchError(f"The run `{name}` is finished: nothing is left to resume, unless you say --from STAGE.")
@@ -154,7 +165,7 @@ def check_parameters(root: Path, chosen: Mapping[str, Any], *, where: str) -> di
     # What the training would refuse is refused before the shards are written.
     if defaults.keys() >= {"shard_folder", "workers"}:
         TrainConfig.from_parameters(defaults | checked)
-        for name, least in (("workers", 0), ("measured_steps", 1)):
+        for name, least in (("workers", 0), ("measured_steps", 1), ("hang_limit", 5)):
             if (value := (defaults | checked)[name]) < least:
                 raise WorkbenchError(f"`{name}` of {where} is {value}: it has to be {least} or more.")
     # And what the evaluation would refuse, before hours of training.
@@ -203,18 +214,25 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> P
         given = {name: parameters[name] for name in known[stage] if name in parameters}
         given |= {"run": folder.name}
         if "resume" in known[stage]:
-            given["resume"] = (folder / "checkpoint" / "last.npz").exists()
-        began = time.monotonic()
+            given["resume"] = runs.has_checkpoint(folder)
+        # What an attempt before this one took counts as well.
+        before, began = done.get(stage, {}).get("seconds", 0.0), time.monotonic()
         try:
-            _execute_notebook(root, folder, stage, given)
+            with _interrupts() as interrupts:
+                _execute_notebook(root, folder, stage, given, interrupts)
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
-            told = {"status": "interrupted" if stopped else "failed", "seconds": round(time.monotonic() - began, 1)}
-            runs.update_run(folder, status=told["status"], ended=runs.now(), stages={stage: told})
+            stopped = bool(interrupts.asked)
+            seconds = round(before + time.monotonic() - began, 1)
+            status = "interrupted" if stopped else "failed"
+            runs.update_run(
+                folder, status=status, ended=runs.now(), stages={stage: {"status": status, "seconds": seconds}}
+            )
+            if stopped:
+                raise Interrupted(_interruption(folder, stage, error)) from None
             if not isinstance(error, PapermillExecutionError | DeadKernelError):
                 raise
             raise WorkbenchError(_failure(folder, stage, error)) from None
-        seconds = round(time.monotonic() - began, 1)
+        seconds = round(before + time.monotonic() - began, 1)
         runs.update_run(folder, stages={stage: {"status": "finished", "seconds": seconds}})
         print(f"[{number}/{len(STAGES)}] {stage}: done in {seconds:.0f} s", flush=True)
     runs.update_run(folder, status="finished", ended=runs.now())
@@ -222,7 +240,45 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str]) -> P
     return folder
 
 
-def _execute_notebook(root: Path, folder: Path, stage: str, given: dict) -> None:
+class _Interrupts:
+    """What happens on Ctrl-C, and on a batch system's SIGTERM, while a notebook is executed.
+
+    The first one interrupts the notebook, as JupyterLab's stop button does; the second ends its kernel, and with it
+    everything that it started.
+    """
+
+    def __init__(self):
+        self.asked, self.kernel = 0, None  # how often; the process of the kernel that runs now
+
+    def ask(self, _number, _frame) -> None:
+        self.asked += 1
+        if self.kernel is None or self.asked > 2:
+            raise KeyboardInterrupt
+        # A kernel that has ended in the meantime is told by its absence.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.kernel, signal.SIGINT if self.asked == 1 else signal.SIGKILL)
+
+    def check(self) -> None:
+        """Between two cells a kernel does not listen."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[_Interrupts]:
+    interrupts = _Interrupts()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    before = {number: signal.signal(number, interrupts.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _execute_notebook(root: Path, folder: Path, stage: str, given: dict, interrupts: _Interrupts) -> None:
     papermill.execute_notebook(
         root / "notebooks" / f"{stage}.ipynb",
         folder / "notebooks" / f"{stage}.ipynb",
@@ -230,21 +286,23 @@ def _execute_notebook(root: Path, folder: Path, stage: str, given: dict) -> None
         cwd=root / "notebooks",
         kernel_name="python3",
         engine_name="announcing",
+        before_cell=interrupts.check,
         progress_bar=False,
         # What the kernel's own log says (its transport, the interrupt at its end) is nothing to the reader.
         extra_arguments=["--log-level=CRITICAL"],
         stdout_file=_Indented(sys.stdout),
-        kernel_manager_class=_logged_kernel(folder / "notebooks" / f"{stage}.log"),
+        kernel_manager_class=_logged_kernel(folder / "notebooks" / f"{stage}.log", interrupts),
     )
 
 
-def _logged_kernel(path: Path) -> type[AsyncKernelManager]:
+def _logged_kernel(path: Path, interrupts: _Interrupts) -> type[AsyncKernelManager]:
     """Kernels whose own stderr goes to a file: what libraries say while a kernel ends is nothing to the reader."""
 
     class LoggedKernel(AsyncKernelManager):
         async def start_kernel(self, **settings):
             with path.open("wb") as log:
                 await super().start_kernel(**settings, stderr=log)
+            interrupts.kernel = self.provisioner.pid
 
     return LoggedKernel
 
@@ -253,10 +311,11 @@ class _AnnouncingEngine(NBClientEngine):
     """papermill's own engine, which also prints each section's heading as the notebook reaches it."""
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, **settings):
+    def execute_managed_notebook(cls, nb_man, kernel_name, before_cell, **settings):
         start_cell = nb_man.cell_start
 
         def announcing(cell, cell_index=None, **rest):
+            before_cell()
             if cell.cell_type == "markdown" and cell.source.startswith("## "):
                 print(f"      {cell.source.splitlines()[0].lstrip('# ')}", flush=True)
             start_cell(cell, cell_index, **rest)
@@ -295,15 +354,22 @@ def _from(first: str) -> list[str]:
     return list(STAGES)[list(STAGES).index(matching[0]) :]
 
 
+def _interruption(folder: Path, stage: str, error: BaseException) -> str:
+    said = str(getattr(error, "evalue", "")) if getattr(error, "ename", "") == "Interrupted" else "Interrupted."
+    said = said.split(" Complete epochs are kept")[0].rstrip(".")
+    return f"{said}, in {stage}; what was done is kept, go on with `workbench run --resume {folder.name}`."
+
+
 def _failure(folder: Path, stage: str, error: PapermillExecutionError | DeadKernelError) -> str:
     if isinstance(error, DeadKernelError):
         error.ename, error.evalue = "WorkbenchError", "its kernel died, perhaps for lack of memory"
     said = str(error.evalue).strip().rstrip(".") or error.ename
     if not error.ename.endswith(("WorkbenchError", "WorkerError")):
         said = f"{error.ename}: {said}"
+    said = said.split(" Complete epochs are kept")[0]  # which ends with what is said here as well
     return (
-        f"{stage} failed: {said}. The notebook up to there is {folder / 'notebooks' / f'{stage}.ipynb'}; go on with "
-        f"`workbench run --resume {folder.name}`."
+        f"{stage} failed: {said.rstrip('.')}. The notebook up to there is {folder / 'notebooks' / f'{stage}.ipynb'}; "
+        f"go on with `workbench run --resume {folder.name}`."
     )
 
 

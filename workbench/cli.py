@@ -10,7 +10,7 @@ import argparse
 import signal
 import sys
 
-from workbench import WorkbenchError, __version__
+from workbench import Interrupted, WorkbenchError, __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         return options.call(options) or 0
     except WorkbenchError as error:
         print(f"workbench: {error}", file=sys.stderr)
-        return 1
+        return 130 if isinstance(error, Interrupted) else 1
     except KeyboardInterrupt:
         print("workbench: interrupted", file=sys.stderr)
         return 130

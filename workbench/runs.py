@@ -12,21 +12,25 @@ Files appear whole: they are written beside their place and renamed into it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from workbench import WorkbenchError
+from workbench.files import held, is_held, written_whole
 
+# Held by the process that carries a recipe through the notebooks, and by the rank that trains and writes.
+RUN_LOCK, TRAINING_LOCK = ".run.lock", ".training.lock"
 VERSIONS_OF = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "numpy", "workbench")
 
 
@@ -38,22 +42,6 @@ def project_root() -> Path:
     return Path(os.environ.get("WORKBENCH_ROOT") or Path(__file__).parents[1]).resolve()
 
 
-@contextmanager
-def written_whole(path: str | os.PathLike):
-    """Give a temporary path beside `path` and rename it into place if the block ends without an error.
-
-    Yields:
-        A `Path` in the same folder, with the same suffix, to be written by the block.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all. NaN is refused, since JSON has none."""
     text = json.dumps(value, indent=2, allow_nan=False, default=str) + "\n"
@@ -61,40 +49,45 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         part.write_text(text)
 
 
-def create_run(root: str | os.PathLike, name: str, *, recipe: str = "", parameters: Mapping | None = None) -> Path:
+def create_run(root: str | os.PathLike, name: str = "", *, recipe: str = "", parameters: Mapping | None = None) -> Path:
     """Make `results/<name>/` with its record `run.json` and return the folder.
 
     Args:
         root: the project's top folder.
-        name: letters, digits, dot, dash and underscore; it becomes the folder's name.
+        name: letters, digits, dot, dash and underscore; it becomes the folder's name. Empty for recipe and time.
         recipe: which recipe the run follows; empty for a run by hand.
         parameters: the parameters of all its notebooks, kept in the record.
 
     Raises:
         WorkbenchError: the name is not a folder name, is taken, or results/ cannot be written.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise WorkbenchError(
             f"`{name}` cannot name a run: use letters, digits, dots, dashes and underscores, beginning with a "
             "letter or a digit."
         )
-    folder = Path(root) / "results" / name
+    results = Path(root) / "results"
     try:
-        folder.mkdir(parents=True)
+        results.mkdir(parents=True, exist_ok=True)
+        for free in _free_names(name, recipe):
+            folder = results / free
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                break
+        else:
+            raise WorkbenchError(
+                f"The run `{name}` exists already ({folder}): choose another name, a run is never overwritten."
+            )
         (folder / "figures").mkdir()
         (folder / "notebooks").mkdir()
-    except FileExistsError:
-        raise WorkbenchError(
-            f"The run `{name}` exists already ({folder}): choose another name, a run is never overwritten."
-        ) from None
     except OSError as error:
         raise WorkbenchError(
-            f"Cannot make the run's folder {folder} ({error.strerror}): check that results/ can be written."
+            f"Cannot make the run's folder in {results} ({error.strerror}): check that results/ can be written."
         ) from None
     write_json(
         folder / "run.json",
         {
-            "name": name,
+            "name": folder.name,
             "recipe": recipe,
             "status": "running",
             "started": now(),
@@ -109,9 +102,14 @@ def create_run(root: str | os.PathLike, name: str, *, recipe: str = "", paramete
     return folder
 
 
-def new_name(recipe: str = "run") -> str:
-    """A run name that sorts by time: the recipe's name and the local time to the second."""
-    return f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+def _free_names(name: str, recipe: str) -> Iterator[str]:
+    """The name that is asked for, or else recipe and local time, with a number where several start in one second."""
+    if name:
+        yield name
+        return
+    name = f"{recipe or 'notebook'}-{datetime.now():%Y%m%d-%H%M%S}"
+    yield name
+    yield from (f"{name}-{number}" for number in itertools.count(2))
 
 
 def read_run(folder: str | os.PathLike) -> dict:
@@ -138,6 +136,27 @@ def update_run(folder: str | os.PathLike, **changes: Any) -> dict:
     return record
 
 
+def locked(folder: str | os.PathLike):
+    """Hold a run for the time of a block, so that no second process carries it on. Raises as `files.held`."""
+    return held(Path(folder) / RUN_LOCK, f"The run {Path(folder).name}")
+
+
+def is_written(folder: str | os.PathLike) -> bool:
+    """Whether a process is carrying a run on now; one that says `running` without this was broken off."""
+    return any(is_held(Path(folder) / name) for name in (RUN_LOCK, TRAINING_LOCK))
+
+
+def has_checkpoint(folder: str | os.PathLike) -> bool:
+    """Whether a run can be resumed in the middle of its training."""
+    return any(Path(folder).glob("checkpoint/*.npz"))
+
+
+def how_to_resume(folder: str | os.PathLike) -> str:
+    """What to do when the training of a run was broken off, as a sentence."""
+    name = Path(folder).name
+    return f"Complete epochs are kept: go on with `workbench run --resume {name}`, or here with `resume` and `run` set."
+
+
 def open_run(
     root: str | os.PathLike, name: str = "", *, resume: bool = False, parameters: Mapping | None = None
 ) -> Path:
@@ -150,9 +169,12 @@ def open_run(
     """
     folder = Path(root) / "results" / name
     if resume:
-        return find_run(root, name, having="checkpoint/last.npz")
+        folder = find_run(root, name, having="checkpoint")
+        if not has_checkpoint(folder):
+            raise WorkbenchError(f"The run `{folder.name}` has no complete epoch to resume from: start a new run.")
+        return folder
     if not name or not (folder / "run.json").exists():
-        return create_run(root, name or new_name("notebook"), parameters=parameters)
+        return create_run(root, name, parameters=parameters)
     if (folder / "history.csv").exists():
         raise WorkbenchError(f"The run `{name}` has been trained already: choose another name, or set `resume`.")
     return folder
@@ -201,6 +223,8 @@ def list_runs(root: str | os.PathLike):
             record, metrics = read_run(folder), read_metrics(folder)
         except (WorkbenchError, ValueError):
             record, metrics = {"status": "unreadable"}, {}
+        if record.get("status") == "running" and not is_written(folder):
+            record["status"] = "broken off"
         rows.append(
             {
                 "run": folder.name,
@@ -227,7 +251,7 @@ def minutes(record: Mapping) -> float | None:
     if record.get("stages"):
         return round(sum(stage["seconds"] for stage in record["stages"].values()) / 60, 1)
     took = datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["started"])
-    return round(took.total_seconds() / 60, 1)
+    return round(max(took.total_seconds(), 0) / 60, 1)  # clocks are set back now and then
 
 
 def save_figure(axes, folder: str | os.PathLike | None, name: str) -> None:

@@ -3,7 +3,7 @@
 Ranks share `scan_shards`, and each makes for itself, with `write_without`, a folder that `pipeline` reads as any other:
 links to the whole shards, and copies of the good records of the others. Knows no MPI; rank and size are passed in.
 
-    damaged = damage.scan_shards("data/shards/nih-256")          # a row per record that cannot be used
+    damaged = [record for _, found in damage.scan_shards("data/shards/nih-256") for record in found]
     damage.write_without("data/shards/nih-256", damaged, "/tmp/mine/nih-256")
     for images, labels in damage.each_batch(batches, "data/shards/nih-256", "train"): ...
 """
@@ -12,8 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import pandas as pd
 
 from workbench import WorkbenchError
 from workbench.data import records, shards
@@ -35,11 +33,12 @@ def each_batch(batches: Iterable, folder: str | Path, split: str) -> Iterator:
         raise WorkbenchError(_explain(Path(folder), split, records.core_of(error))) from None
 
 
-def scan_shards(folder: str | Path, *, rank: int = 0, size: int = 1) -> list[dict]:
+def scan_shards(folder: str | Path, *, rank: int = 0, size: int = 1) -> Iterator[tuple[str, list[dict]]]:
     """Check every shard, or every `size`-th of them, against its SHA-256, and read those that differ record by record.
 
-    Returns:
-        A dictionary per record that cannot be used: `shard` (file), `record` (from 1), `split`, `image` and `damage`.
+    Yields:
+        Each shard's file, and a dictionary for each record in it that cannot be used: `shard` (file), `record` (from
+        1), `split`, `image` (empty where it cannot be known) and `damage`.
 
     Raises:
         WorkbenchError: images.csv or a shard is missing, or images.csv has changed, so that nobody knows what is what.
@@ -52,17 +51,21 @@ def scan_shards(folder: str | Path, *, rank: int = 0, size: int = 1) -> list[dic
     for _, shard in every:
         if not (folder / shard["file"]).is_file():
             raise WorkbenchError(f"`{folder / shard['file']}` is missing: copy it again, or write the shards again.")
-    table, damaged = None, []
+    table = shards.read_images(folder)
     for split, shard in every[rank::size]:
-        if not shards.differs(folder / shard["file"], shard["sha256"]):
-            continue
-        table = shards.read_images(folder) if table is None else table
-        expected = table[table["shard"] == shard["file"]]
-        names = expected["image"].tolist()
-        for number, wrong in shards.examine_shard(folder, info, shard, expected).items():
-            image = names[number] if len(names) == shard["images"] else ""
-            damaged.append(dict(zip(COLUMNS, (shard["file"], number + 1, split, image, wrong), strict=True)))
-    return damaged
+        damaged = []
+        if shards.differs(folder / shard["file"], shard["sha256"]):
+            expected = table[table["shard"] == shard["file"]]
+            names = expected["image"].tolist() if len(expected) == shard["images"] else [""] * shard["images"]
+            for number, wrong in shards.examine_shard(folder, info, shard, expected).items():
+                values = shard["file"], number + 1, split, names[number], wrong
+                damaged.append(dict(zip(COLUMNS, values, strict=True)))
+        yield shard["file"], damaged
+
+
+def in_order(damaged: list[dict]) -> list[dict]:
+    """The records that `scan_shards` found, on whatever ranks, in the order of splits, shards and records."""
+    return sorted(damaged, key=lambda one: (shards.SPLITS.index(one["split"]), one["shard"], one["record"]))
 
 
 def write_without(folder: str | Path, damaged: list[dict], target: str | Path) -> None:
@@ -70,7 +73,7 @@ def write_without(folder: str | Path, damaged: list[dict], target: str | Path) -
 
     Args:
         folder: of the shards.
-        damaged: as `scan_shards` returns them, of all ranks.
+        damaged: as `scan_shards` finds them, of all ranks.
         target: the new folder; its parent exists.
 
     Raises:
@@ -89,19 +92,13 @@ def write_without(folder: str | Path, damaged: list[dict], target: str | Path) -
             told["rows"] = told["images"]
             told["shards"] = [_replace(folder, target, shard, leave_out.get(shard["file"])) for shard in told["shards"]]
             told["images"] = sum(shard["images"] for shard in told["shards"])
+        info |= {"copied_from": str(folder), "skipped": damaged}
         (target / "info.json").write_text(json.dumps(info))
     except OSError as error:
         raise WorkbenchError(
             f"The copies of damaged shards cannot be written into {target} ({error.strerror}): name a folder with more "
             "room in the variable TMPDIR."
         ) from None
-
-
-def list_skipped(damaged: list[dict]) -> pd.DataFrame:
-    """The damaged records as a table, in the order of splits, shards and records."""
-    table = pd.DataFrame(damaged, columns=list(COLUMNS))
-    order = {split: number for number, split in enumerate(shards.SPLITS)}
-    return table.sort_values(["split", "shard", "record"], key=lambda c: c.map(order) if c.name == "split" else c)
 
 
 def _replace(folder: Path, target: Path, shard: dict, leave_out: set[int] | None) -> dict:

@@ -14,10 +14,13 @@ import collections
 import importlib
 import logging
 import os
+import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,10 +31,15 @@ import ipyparallel
 import psutil
 from traitlets.config import Config
 
-from workbench import WorkbenchError
+from workbench import Interrupted, WorkbenchError
+from workbench.training import pulse
 
 DRIVER = Path("/proc/driver/nvidia/gpus")  # where NVIDIA's driver lists its devices
+READY = "-- ready --"  # what a rank says before is ipyparallel's
 POLL = 0.1  # seconds between two looks at the workers
+HANG_LIMIT = 45.0  # seconds; with what ending takes, a user learns within a minute
+LEAST_HANG_LIMIT = 5.0  # seconds; signs come every second, and a busy machine delays them
+STOPPING = 20.0  # seconds that an interrupted run gets to come to the end of its step
 ENGINE_ENVIRONMENT = {
     # Open MPI refuses root unless told twice; containers are root more often than not.
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -59,23 +67,37 @@ class WorkerError(WorkbenchError):
 class Workers:
     """The ranks of a running cluster."""
 
-    def __init__(self, client: ipyparallel.Client, engine_ids: list[int], hosts: list[str], launcher):
+    def __init__(self, client: ipyparallel.Client, told: list[dict], cluster: _Processes, hang_limit: float):
+        told = sorted(told, key=lambda engine: engine["rank"])
+        self.hosts = [engine["host"] for engine in told]
         self._client = client
-        self._engine_ids = engine_ids  # in rank order
-        self._launcher = launcher
-        self.hosts = hosts
+        self._engine_ids = [engine["id"] for engine in told]  # in rank order
+        self._cluster = cluster
+        self._hang_limit = hang_limit
+        self._ended = ""
 
     def __len__(self) -> int:
         return len(self._engine_ids)
 
-    def run(self, function: str, *args: Any, watch: Callable[[dict], None] | None = None, **kwargs: Any) -> list:
+    def run(
+        self,
+        function: str,
+        *args: Any,
+        watch: Callable[[dict], None] | None = None,
+        advice: str = "",
+        **kwargs: Any,
+    ) -> list:
         """Call a function on all ranks at once and wait for all of them.
+
+        Whatever ends it early ends all ranks with it. An interrupt (Ctrl-C, JupyterLab's stop button) lets rank 0 come
+        to its next `pulse.beat`, a second one does not wait for that.
 
         Args:
             function: its full name, such as "workbench.training.trainer.train", imported on the workers.
             *args: for the function, on every rank; anything that can be pickled.
             watch: called here, while waiting, with each new state of rank 0's progress: all that the function
                 has given to its `report` argument so far, the newest of each name, under "history" every row.
+            advice: how to go on, added to the error of a rank that went or hangs, and to `Interrupted`.
             **kwargs: for the function as well.
 
         Returns:
@@ -83,32 +105,55 @@ class Workers:
 
         Raises:
             WorkbenchError: the function raised one, on the rank that is named.
-            WorkerError: the function raised something else, or a worker died; the cluster is of no more use.
+            WorkerError: the function raised something else, a worker died, or one hangs: it has given no sign of life
+                for the cluster's `hang_limit`, or all stand still for that long and do not compute.
+            Interrupted: the user asked to stop.
         """
+        if self._ended:
+            raise WorkbenchError(f"These workers have ended ({self._ended}): start others.")
         call = (function, args, kwargs, watch is not None)
         pending = {rank: self._client[engine].apply_async(_call, *call) for rank, engine in enumerate(self._engine_ids)}
-        waiting, seen, shown = dict(pending), None, collections.Counter()
-        while waiting:
-            done = {rank: result for rank, result in waiting.items() if result.ready()}
-            for rank, result in waiting.items():
-                if rank in done:
-                    result.wait_for_output(2)  # it comes by another way than the result, and may come later
-                for stream in ("stdout", "stderr"):
-                    text = getattr(result, stream)[shown[rank, stream] :]
-                    shown[rank, stream] += _show_output(rank, text, final=rank in done)
-            progress = dict(pending[0].data or {}).get("progress")
-            if watch and progress and progress != seen:
-                seen = progress
-                watch(progress)
-            failed = [rank for rank, result in done.items() if not result.successful()]
-            if failed:
-                raise self._error_of(min(failed, key=lambda rank: pending[rank].completed or 0), pending)
-            waiting = {rank: result for rank, result in waiting.items() if rank not in done}
-            if waiting and not _alive(self._launcher.pid):
-                raise WorkerError(f"The workers are gone: {self._last_words()}")
-            if waiting:
-                time.sleep(POLL)
-        return [pending[rank].get() for rank in sorted(pending)]
+        following = _Following(pending, pulse.Watch(limit=self._hang_limit), watch)
+        give_up = None
+        try:
+            while following.waiting:
+                try:
+                    self._look(following)
+                    if give_up and time.monotonic() > give_up:
+                        raise Interrupted(f"Interrupted; rank 0 did not come to a step's end in {STOPPING:.0f} s.")
+                    time.sleep(POLL)
+                except KeyboardInterrupt:
+                    if give_up:
+                        raise Interrupted("Interrupted twice, and ended at once.") from None
+                    give_up = time.monotonic() + STOPPING
+                    print("Stopping at the next step; interrupt once more to end at once.", flush=True)
+                    # Rank 0 writes all files; the others only wait for it, so they can be ended anywhere.
+                    self._client.send_signal(signal.SIGINT, targets=self._engine_ids[0], block=False)
+            return [pending[rank].get() for rank in sorted(pending)]
+        except BaseException as error:
+            self._ended = str(error).split(":")[0] or type(error).__name__
+            self._cluster.end()
+            if advice and isinstance(error, WorkerError | Interrupted):
+                error.args = (f"{error} {advice}",)
+            raise
+
+    def _look(self, following: _Following) -> None:
+        """One look at all ranks; raises what is wrong."""
+        failed = following.take()
+        if failed is not None:
+            raise self._error_of(failed, following.pending)
+        if not following.waiting:
+            return
+        gone = self._cluster.gone()
+        if gone == "workers":
+            raise self._death_of(None)
+        if gone:
+            raise WorkerError(f"The {gone} of the workers died: nobody passes their messages on, so they were ended.")
+        fault = following.find_fault()
+        if fault is not None:
+            rank, wrong = fault
+            who = f"Rank {rank} on {self.hosts[rank]}" if rank is not None else "Every rank"
+            raise WorkerError(f"{who} {wrong}. All ranks were ended (`hang_limit` is {self._hang_limit:g} s).")
 
     def _error_of(self, rank: int, pending: dict) -> WorkbenchError:
         error = pending[rank].exception()
@@ -117,19 +162,151 @@ class Workers:
         name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
         if name == "WorkbenchError":
             return WorkbenchError(f"{value.rstrip('.')} (rank {rank}).")
+        if name == "Interrupted":
+            return Interrupted(f"Interrupted {value}.")
         if name == "EngineError":
-            return WorkerError(f"Rank {rank} died: {self._last_words()}")
+            return self._death_of(rank)
         return WorkerError(f"Rank {rank} failed with {name}: {value}", getattr(error, "traceback", "") or "")
 
-    def _last_words(self) -> str:
-        """What mpiexec said about a worker that died, on one line."""
+    def _death_of(self, rank: int | None) -> WorkerError:
+        """What is known of a worker that died; mpiexec knows best, since it ends the others after the first."""
+        which, how, words = self._cluster.last_words(rank)
+        who = f"Rank {which} on {self.hosts[which]} died" if which is not None else "The workers are gone"
+        return WorkerError(f"{who}: {how}{words}")
+
+
+class _Following:
+    """What has come so far of a call on all ranks."""
+
+    def __init__(self, pending: dict, signs: pulse.Watch, watch: Callable[[dict], None] | None):
+        self.pending, self.waiting = pending, dict(pending)
+        self._signs, self._watch = signs, watch
+        self._seen, self._shown = None, collections.Counter()
+
+    def take(self) -> int | None:
+        """Pass on what is new, forget who is done; returns the rank that failed first, if one did."""
+        done = {rank: result for rank, result in self.waiting.items() if result.ready()}
+        now = time.monotonic()
+        for rank, result in self.waiting.items():
+            if rank in done:
+                result.wait_for_output(2)  # it comes by another way than the result, and may come later
+            for stream in ("stdout", "stderr"):
+                text = getattr(result, stream)[self._shown[rank, stream] :]
+                self._shown[rank, stream] += _show_output(rank, text, final=rank in done)
+            self._signs.hear(rank, dict(result.data or {}).get("sign"), now)
+        progress = dict(self.pending[0].data or {}).get("progress")
+        if self._watch and progress and progress != self._seen:
+            self._seen = progress
+            self._watch(progress)
+        failed = [rank for rank, result in done.items() if not result.successful()]
+        if failed:
+            return min(failed, key=lambda rank: self.pending[rank].completed or 0)
+        self.waiting = {rank: result for rank, result in self.waiting.items() if rank not in done}
+        return None
+
+    def find_fault(self) -> tuple[int | None, str] | None:
+        return self._signs.find_fault(self.waiting, time.monotonic())
+
+
+class _Processes:
+    """The controller and mpiexec of a cluster on this host, with all that they started."""
+
+    def __init__(self, made: ipyparallel.Cluster, folder: str):
+        self._made, self._folder = made, folder
+        self._client = None
+        self._family: dict[int, psutil.Process] = {}
+        self._controller: list[psutil.Process] = []
+        self._killed_for_memory = _killed_for_memory()
+
+    def connect(self, workers: int, deadline: float, hang_limit: float) -> tuple[ipyparallel.Client, list[dict]]:
+        """Start everything, wait for all ranks, and return the client and what each rank says of itself."""
+        self._made.start_cluster_sync()
+        self._client = client = self._made.connect_client_sync()
+        stopped_since: dict[int, float] = {}
+        introduced = None
+        while introduced is None or not introduced.ready():
+            now = time.monotonic()
+            for process in self._gather():
+                if _status(process) != psutil.STATUS_STOPPED:
+                    stopped_since.pop(process.pid, None)
+                elif now - stopped_since.setdefault(process.pid, now) > hang_limit:
+                    raise WorkbenchError(
+                        f"{_role(process)} was stopped from outside while the workers started, and did not go on for "
+                        f"{hang_limit:g} s: everything was ended; start again."
+                    )
+            if gone := self.gone():
+                raise ipyparallel.error.EngineError(f"the {gone} ended")
+            if now > deadline:
+                raise TimeoutError
+            if introduced is None and len(client.ids) >= workers:
+                introduced = client[:].apply_async(_introduce)
+            time.sleep(POLL)
+        told = [who | {"id": engine} for who, engine in zip(introduced.get(), client.ids, strict=True)]
+        self._gather()
+        controller = psutil.Process(self._made.controller.pid)
+        self._controller = [controller, *controller.children(recursive=True)]
+        return client, told
+
+    def gone(self) -> str:
+        """ "workers" or "controller" when these processes have ended, else nothing."""
+        if not _alive(self._made.engine_set.pid):
+            return "workers"
+        return "" if all(_alive(process.pid) for process in self._controller) else "controller"
+
+    def last_words(self, rank: int | None) -> tuple[int | None, str, str]:
+        """Which rank died first, how, and what it said last: (rank or None, how, words)."""
         # The engine's death is known before mpiexec has written about it.
         deadline = time.monotonic() + 10
-        while _alive(self._launcher.pid) and time.monotonic() < deadline:
+        while _alive(self._made.engine_set.pid) and time.monotonic() < deadline:
             time.sleep(POLL)
-        lines = _told(self._launcher)
-        about = [line for line in lines if "signal" in line or "exit" in line]
-        return " ".join(about[-2:] or lines[-3:])[:500] or "its log is empty."
+        lines = _log_lines(self._made.engine_set)
+        which, how = _read_mpiexec(lines, rank)
+        if _killed_for_memory() > self._killed_for_memory:
+            how += ", because this host ran out of memory (use a smaller `batch_size` or fewer `workers`)"
+        said = [text for number, text in _tagged(lines) if number == which]
+        said = said[said.index(READY) + 1 :] if READY in said else said
+        return which, how, f". Its last words: {' / '.join(said[-3:])[:300]}." if said else "."
+
+    def why_not(self, workers: int, timeout: float, error: Exception) -> str:
+        """Why the workers did not start, as a sentence."""
+        engines = self._made.engine_set
+        lines = _log_lines(engines) if engines is not None else []
+        which, how = _read_mpiexec(lines, None)
+        said = f"rank {which}: {how}" if which is not None else " ".join(text for _, text in _tagged(lines))[:400]
+        said = said or " ".join(line for line in lines if not line.startswith("["))[:400]
+        late = f"did not come up within {timeout:.0f} s" if isinstance(error, TimeoutError) else "did not start"
+        return f"The {workers} workers {late} ({said or error}): run `workbench doctor`, or ask for fewer."
+
+    def end(self) -> None:
+        """Stop everything that was started; whatever still lives afterwards is killed by its own id."""
+        if self._client is not None:
+            self._client.close(linger=0)
+        with _uninterrupted():
+            self._gather()
+            try:
+                self._made.stop_cluster_sync()
+            except Exception as error:  # whatever it was, what is left is ended below
+                logging.getLogger(__name__).debug("stopping the cluster: %r", error)
+            self._made.shutdown_atexit = False
+            for process in self._family.values():
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            psutil.wait_procs(self._family.values(), timeout=10)
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _gather(self) -> list[psutil.Process]:
+        """All processes that were seen so far, with those that are new; a child outlives the parent that names it."""
+        for launcher in (self._made.engine_set, self._made.controller):
+            try:
+                top = psutil.Process(launcher.pid)
+                family = [top, *top.children(recursive=True)]
+            except (AttributeError, TypeError, ValueError, psutil.NoSuchProcess):  # not started, or ended already
+                continue
+            for process in family:
+                self._family.setdefault(process.pid, process)
+        return list(self._family.values())
 
 
 def default_workers() -> int:
@@ -142,7 +319,9 @@ def default_workers() -> int:
 
 
 @contextmanager
-def start(workers: int, *, threads: int = 0, oversubscribe: bool = False, timeout: float = 120) -> Iterator[Workers]:
+def start(
+    workers: int, *, threads: int = 0, oversubscribe: bool = False, timeout: float = 120, hang_limit: float = HANG_LIMIT
+) -> Iterator[Workers]:
     """Start MPI ranks on this host, and stop them when the block ends.
 
     Args:
@@ -150,6 +329,7 @@ def start(workers: int, *, threads: int = 0, oversubscribe: bool = False, timeou
         threads: cores that each rank is bound to; 0 shares the machine's cores out evenly.
         oversubscribe: allow more ranks than there are cores (unbound; for tests, not for speed).
         timeout: seconds that starting may take.
+        hang_limit: seconds for which a rank may give no sign of life, or all may stand still without computing.
 
     Raises:
         WorkbenchError: the machine has not that many cores, or the ranks did not come up in time.
@@ -163,6 +343,8 @@ def start(workers: int, *, threads: int = 0, oversubscribe: bool = False, timeou
             f"`workers` {workers}{each} cannot be started on this machine with {cores} cores: ask for "
             f"1 to {cores // max(threads, 1)}."
         )
+    if hang_limit < LEAST_HANG_LIMIT:
+        raise WorkbenchError(f"`hang_limit` is {hang_limit}: it has to be {LEAST_HANG_LIMIT} seconds or more.")
     folder = tempfile.mkdtemp(prefix="workbench-cluster-")
     made = ipyparallel.Cluster(
         n=workers,
@@ -176,21 +358,16 @@ def start(workers: int, *, threads: int = 0, oversubscribe: bool = False, timeou
         log=_quiet_log(),
         config=_launch_config(cores, workers, threads, oversubscribe),
     )
-    client, processes = None, []
+    processes = _Processes(made, folder)
     try:
         try:
-            client = made.start_and_connect_sync()
-            told = client[:].apply_async(_introduce).get(timeout=timeout)
+            client, told = processes.connect(workers, time.monotonic() + timeout, hang_limit)
         except (TimeoutError, ipyparallel.error.IPythonError, OSError, RuntimeError) as error:
-            raise WorkbenchError(_why_not(made, workers, timeout, error)) from None
+            raise WorkbenchError(processes.why_not(workers, timeout, error)) from None
         # An engine's id is the order in which it registered; its rank is what MPI says.
-        engines = sorted(zip([t["rank"] for t in told], client.ids, [t["host"] for t in told], strict=True))
-        here = socket.gethostname()
-        processes = [psutil.Process(t["pid"]) for t in told if t["host"] == here and psutil.pid_exists(t["pid"])]
-        yield Workers(client, [engine for _, engine, _ in engines], [host for *_, host in engines], made.engine_set)
+        yield Workers(client, told, processes, hang_limit)
     finally:
-        _stop(made, client, processes)
-        shutil.rmtree(folder, ignore_errors=True)
+        processes.end()
 
 
 def _launch_config(cores: int, workers: int, threads: int, oversubscribe: bool) -> Config:
@@ -203,42 +380,54 @@ def _launch_config(cores: int, workers: int, threads: int, oversubscribe: bool) 
     config = Config()
     config.MPIEngineSetLauncher.mpi_cmd = [*guard, found]
     if workers * each > cores:
-        config.MPIEngineSetLauncher.mpi_args = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+        bound = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     else:
         # Horovod: every rank gets its own cores; `distributed.start` takes as many threads. Hardware threads are
         # what the affinity mask counts, so Open MPI is told to count them too.
         bound = ["--use-hwthread-cpus", "--map-by", f"slot:PE={each}", "--bind-to", "hwthread"]
-        config.MPIEngineSetLauncher.mpi_args = bound
+    # Tagged, so that each line of the log tells whose it is.
+    config.MPIEngineSetLauncher.mpi_args = ["--output", "tag", *bound]
     config.MPIEngineSetLauncher.environment = ENGINE_ENVIRONMENT
     config.LocalControllerLauncher.controller_cmd = [*guard, sys.executable, "-m", "ipyparallel.controller"]
     return config
 
 
 def _introduce() -> dict:
-    """Runs on an engine: who it is."""
+    """Runs on an engine: who it is. From here on the engine ends with mpiexec, and says where it crashes."""
+    import faulthandler
     import os
-    import socket
 
+    from workbench.training import pulse
+
+    pulse.end_with_parent()
+    faulthandler.enable(sys.__stderr__)
+    print(READY, file=sys.__stderr__, flush=True)
     rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or "0"
     return {"rank": int(rank), "host": socket.gethostname(), "pid": os.getpid()}
 
 
 def _call(function: str, args: tuple, kwargs: dict, reporting: bool) -> Any:
-    """Runs on an engine: import a function by name and call it, publishing what it reports."""
+    """Runs on an engine: import a function by name and call it, publishing what it reports and signs of life."""
     from ipyparallel.datapub import publish_data
 
     module, name = function.rsplit(".", 1)
-    state: dict = {"history": []}
+    # The client keeps only the last message, so that each carries the whole state; two threads send.
+    state, lock = {"progress": {"history": []}, "sign": None}, threading.Lock()
+
+    def publish(**news: dict) -> None:
+        with lock:
+            state.update(news)
+            publish_data(dict(state))
 
     def report(progress: dict) -> None:
-        # The client keeps only the last message, so that each carries the whole state.
-        history = state["history"] + ([progress["history"]] if "history" in progress else [])
-        state.update(progress, history=history)
-        publish_data({"progress": dict(state)})
+        known = state["progress"]
+        history = known["history"] + ([progress["history"]] if "history" in progress else [])
+        publish(progress=known | progress | {"history": history})
 
     if reporting:
         kwargs = kwargs | {"report": report}
-    return getattr(importlib.import_module(module), name)(*args, **kwargs)
+    with pulse.told(lambda sign: publish(sign=sign)):
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
 
 def _show_output(rank: int, text: str, *, final: bool) -> int:
@@ -256,8 +445,8 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _told(launcher) -> list[str]:
-    """The lines of an engine set's log that are not ipyparallel's own: mpiexec's and the operating system's."""
+def _log_lines(launcher) -> list[str]:
+    """The lines of an engine set's log that are not ipyparallel's own: mpiexec's, and those of ranks with their tag."""
     path = Path(launcher.output_file)
     # ipyparallel removes the log of an engine set that has stopped, and keeps its text.
     text = path.read_text(errors="replace") if path.exists() else launcher.get_output()
@@ -265,31 +454,62 @@ def _told(launcher) -> list[str]:
     return [line for line in lines if set(line) - set("-=* ") and "IPEngine" not in line and "Nanny" not in line]
 
 
-def _why_not(made: ipyparallel.Cluster, workers: int, timeout: float, error: Exception) -> str:
-    said = " ".join(_told(made.engine_set))[:400] if made.engine_set is not None else ""
-    late = f"did not come up within {timeout:.0f} s" if isinstance(error, TimeoutError) else "did not start"
-    return f"The {workers} workers {late} ({said or error}): run `workbench doctor`, or ask for fewer."
+def _tagged(lines: list[str]) -> list[tuple[int, str]]:
+    """(rank, text) of the lines that ranks wrote."""
+    found = [re.match(r"\[\d+,(\d+)\]<\w+>: ?(.*)", line) for line in lines]
+    return [(int(match[1]), match[2].strip()) for match in found if match and match[2].strip()]
 
 
-def _stop(made: ipyparallel.Cluster, client, processes: list[psutil.Process]) -> None:
-    """Stop everything that was started; whatever still lives afterwards is killed by its own id."""
-    if client is not None:
-        client.close(linger=0)
-    for launcher in (made.engine_set, made.controller):
-        if launcher is not None and getattr(launcher, "pid", -1) > 0 and psutil.pid_exists(launcher.pid):
-            processes = [*processes, psutil.Process(launcher.pid)]
-            processes += processes[-1].children(recursive=True)
+def _read_mpiexec(lines: list[str], rank: int | None) -> tuple[int | None, str]:
+    """What mpiexec says about the rank that ended first: (rank, how). Its own lines have no tag."""
+    said = " ".join(line for line in lines if not re.match(r"\[\d+,\d+\]<", line))
+    if match := re.search(
+        r"process rank (\d+) with PID \d+ on node \S+ exited on (signal \d+ \([^)]*\)|signal \d+)", said
+    ):
+        return int(match[1]), f"it was ended by {match[2]}"
+    if match := re.search(r"Process name: \[[^\],]*,(\d+)\].*?Exit code: +(\d+)", said):
+        return int(match[1]), f"it ended with exit status {match[2]}"
+    if match := re.search(r"process rank (\d+) with PID \d+ on node \S+ exiting improperly", said):
+        return int(match[1]), "it ended without an error in the middle of its work"
+    return rank, said[-300:] or "it left no message"
+
+
+def _killed_for_memory() -> int:
+    """How many processes this host's kernel has killed for lack of memory since it started."""
     try:
-        made.stop_cluster_sync()
-    except Exception as error:  # whatever it was, what is left is ended below
-        logging.getLogger(__name__).debug("stopping the cluster: %r", error)
-    made.shutdown_atexit = False
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=10)
+        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(counters.get("oom_kill", 0))
+
+
+def _status(process: psutil.Process) -> str:
+    try:
+        return process.status()
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_DEAD
+
+
+def _role(process: psutil.Process) -> str:
+    """What a process of a cluster is, for an error."""
+    try:
+        rank = process.environ().get("OMPI_COMM_WORLD_RANK")
+        return f"Rank {rank} (process {process.pid})" if rank else f"`{process.name()}` (process {process.pid})"
+    except psutil.Error:
+        return f"Process {process.pid}"
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Keep Ctrl-C from breaking off what has to be done to the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _quiet_log() -> logging.Logger:

@@ -24,9 +24,10 @@ import tensorflow as tf
 
 from workbench import WorkbenchError
 from workbench.data import pipeline, shards
-from workbench.runs import written_whole
+from workbench.files import written_whole
 from workbench.training import distributed, network
 from workbench.training.config import TrainConfig
+from workbench.training.pulse import beat
 
 
 def heat_maps(
@@ -78,6 +79,7 @@ def explain(
     step, (height, width) = build_heat_map_step(model, rectify=rectify)
     maps, scores = [np.zeros((0, height, width), np.float32)], [np.zeros(0, np.float32)]
     for start in range(0, len(columns), batch_size):
+        beat(f"heat maps {start + 1} and on of {len(columns)}")
         part = slice(start, start + batch_size)
         made, score = step(tf.convert_to_tensor(radiographs[part]), tf.convert_to_tensor(columns[part]))
         maps.append(made.numpy())

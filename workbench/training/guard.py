@@ -1,13 +1,15 @@
 """Runs a command and ends it, with all its descendants, when the process that wanted it is gone.
 
 `workbench.training.cluster` starts the controller and mpiexec through this, so that a kernel that is killed
-leaves no engines behind. Not for use by hand:
+leaves no engines behind. It adopts what its command leaves behind as well: the engines of an mpiexec that was
+killed, the schedulers of a controller that was. Not for use by hand:
 
     python -m workbench.training.guard PARENT_PID COMMAND [ARGUMENT ...]
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import time
 import psutil
 
 GRACE = 3.0  # seconds between asking and killing; less than the launcher's own patience
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl(2)
 
 
 def main(parent: int, command: list[str]) -> int:
@@ -24,26 +27,33 @@ def main(parent: int, command: list[str]) -> int:
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _frame: asked.append(received))
-    child = subprocess.Popen(command)
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # And should this process be killed itself, its command is asked to end.
+    child = subprocess.Popen(command, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0))
     while child.poll() is None:
         if asked or os.getppid() != parent:
             end(child.pid)
             child.wait()
             break
         time.sleep(0.1)
+    for orphan in psutil.Process().children():
+        end(orphan.pid, grace=0.0)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def end(pid: int) -> None:
-    """Ask a process to end, and after `GRACE` seconds kill what is left of it and its descendants."""
+def end(pid: int, *, grace: float = GRACE) -> None:
+    """Ask a process to end, and after that, or after `grace` seconds, kill what is left of it and its descendants."""
     try:
         top = psutil.Process(pid)
         family = [top, *top.children(recursive=True)]
         top.terminate()
     except psutil.NoSuchProcess:
         return
-    _, alive = psutil.wait_procs(family, timeout=GRACE)
-    for process in alive:
+    # mpiexec and controllers end after what they started; whoever outlives them waits for nobody (ipyparallel's
+    # nannies for an answer of the controller).
+    psutil.wait_procs([top], timeout=grace)
+    for process in family:
         try:
             process.kill()
         except psutil.NoSuchProcess:

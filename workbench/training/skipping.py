@@ -18,11 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from workbench import WorkbenchError
 from workbench.data import damage
-from workbench.runs import written_whole
-from workbench.training import distributed
+from workbench.files import written_whole
+from workbench.training import distributed, pulse
 from workbench.training.config import TrainConfig
 
 TABLE = "skipped.csv"
@@ -35,16 +36,12 @@ def damaged_records(function: Callable) -> Callable:
     def heeding(config: TrainConfig, *arguments, **named):
         if config.damaged_records == "raise":
             return function(config, *arguments, **named)
-        world = distributed.start(config.threads)
-        if named.get("report") and world.rank == 0:
-            named["report"]({"phase": "looking for damaged records"})
-        skipped = find_damaged(config, world)
+        skipped = find_damaged(config, distributed.start(config.threads))
         with tempfile.TemporaryDirectory(prefix="workbench-shards-") as room:
             # The shards' own name, which sentences about them then show.
             usable = Path(room) / Path(config.shard_folder).name
             damage.write_without(config.shard_folder, skipped, usable)
-            damage.list_skipped(skipped).to_csv(usable / TABLE, index=False)
-            return function(replace(config, shard_folder=str(usable), damaged_records="raise"), *arguments, **named)
+            return function(replace(config, shard_folder=str(usable)), *arguments, **named)
 
     return heeding
 
@@ -55,11 +52,14 @@ def find_damaged(config: TrainConfig, world: distributed.World) -> list[dict]:
     Raises:
         WorkbenchError: there are more than `damaged_limit`.
     """
-    mine = damage.scan_shards(config.shard_folder, rank=world.rank, size=world.size)
+    mine = []
+    for file, records in damage.scan_shards(config.shard_folder, rank=world.rank, size=world.size):
+        pulse.beat(f"looked for damage in {file}")
+        mine += records
     text = "".join(json.dumps(record) + "\n" for record in mine)
     # Horovod: collectives carry numbers, so the text travels as bytes; every rank gets the lines of all.
     lines = distributed.gather(np.frombuffer(text.encode(), np.uint8)).tobytes().decode().splitlines()
-    found = [json.loads(line) for line in lines]
+    found = damage.in_order([json.loads(line) for line in lines])
     if len(found) > config.damaged_limit:
         raise WorkbenchError(
             f"{len(found):,} records in {config.shard_folder} are damaged, the first in {found[0]['shard']}, and "
@@ -69,18 +69,21 @@ def find_damaged(config: TrainConfig, world: distributed.World) -> list[dict]:
     return found
 
 
-def record_skipped(config: TrainConfig, run_folder: Path) -> int:
-    """Write `skipped.csv` into the run's folder if records are skipped, and say so; returns how many are.
+def record_skipped(info: dict, run_folder: Path) -> None:
+    """Write `skipped.csv` into the run's folder where damaged records are skipped, and say so; called by one rank.
 
-    Columns: `shard`, `record` (counted from 1), `split`, `image`, `damage`. Called by one rank.
+    Columns: `shard`, `record` (counted from 1), `split`, `image`, `damage`.
     """
-    told = Path(config.shard_folder) / TABLE
-    if not told.exists():
-        return 0
-    text = told.read_text()
+    if "skipped" not in info:
+        return
+    table = pd.DataFrame(info["skipped"], columns=list(damage.COLUMNS))
     with written_whole(run_folder / TABLE) as part:
-        part.write_text(text)
-    records = text.splitlines()[1:]
-    if records:
-        print(f"damaged records skipped: {len(records)}, listed in {run_folder / TABLE}", *records[:10], sep="\n  ")
-    return len(records)
+        table.to_csv(part, index=False)
+    if len(table):
+        lines = table.head(10).to_csv(index=False, header=False).splitlines()
+        print(f"damaged records skipped: {len(table)}, listed in {run_folder / TABLE}", *lines, sep="\n  ")
+
+
+def describe_skipped(info: dict) -> dict:
+    """What of a run's settings the copies without damaged records are not to hide."""
+    return {"shard_folder": info["copied_from"], "skipped": len(info["skipped"])} if "skipped" in info else {}

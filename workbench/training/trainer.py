@@ -15,6 +15,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -26,27 +27,30 @@ from sklearn.metrics import roc_auc_score
 
 from workbench import WorkbenchError
 from workbench.data import damage, pipeline, shards
-from workbench.runs import now, update_run, written_whole
+from workbench.files import held, written_whole
+from workbench.runs import TRAINING_LOCK, now, update_run
 from workbench.training import checkpoint, distributed, fast, network, skipping
 from workbench.training.config import TrainConfig, better, decay_after
+from workbench.training.pulse import PATIENCE, beat
 
 Report = Callable[[dict], None]
 
 
-@skipping.damaged_records
 def train(
     config: TrainConfig, run_folder: str | os.PathLike, *, report: Report | None = None, resume: bool = False
 ) -> dict:
     """Train, keep the best epoch, and write what the run's folder is promised to hold.
 
     Writes `history.csv` and `checkpoint/` after every epoch, `model.keras` after every epoch that is the best so
-    far, and at the end `predictions-val.csv` and `predictions-test.csv` of the best epoch.
+    far, and at the end `predictions-val.csv` and `predictions-test.csv` of the best epoch. Whatever ends it, the epochs
+    that were complete are kept, and `resume` goes on after them: with the same number of ranks on CPUs to the same
+    weights, bit for bit, as if nothing had happened.
 
     Args:
         config: the settings, equal on all ranks.
         run_folder: the run's folder, as `workbench.runs.create_run` made it.
         report: called on rank 0 about once a second with a dictionary of progress.
-        resume: go on after the last complete epoch of `checkpoint/`.
+        resume: go on after the last complete epoch of `checkpoint/`; what is not as it was then is printed.
 
     Returns:
         On every rank: epochs, best_epoch, val_auroc, val_loss (of the best epoch), images_per_second (over all
@@ -54,24 +58,52 @@ def train(
         weights_sha256, this rank's own digest of the best epoch's weights.
 
     Raises:
-        WorkbenchError: shards that do not fit, a loss that is not finite, nothing to resume.
+        WorkbenchError: shards that do not fit, a loss that is not finite, nothing to resume, a disk that is full, a run
+            that is being trained already.
+        Interrupted: this rank was asked to stop.
     """
+    beat("joining the other ranks")
     folder, world = Path(run_folder), distributed.start(config.threads)
+    # Horovod: one rank writes, so one rank holds the lock; of a killed run the ranks may need seconds to end.
+    alone = held(folder / TRAINING_LOCK, f"The run {folder.name}", wait=30) if world.rank == 0 else nullcontext()
+    with alone:
+        return _train(config, folder, world, report if report and world.rank == 0 else lambda progress: None, resume)
+
+
+@skipping.damaged_records
+def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Report, resume: bool) -> dict:
+    beat("reading what the shards hold")
     info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
     train_images = info["splits"]["train"]["images"]
     _check_validation(config, info)
     # Asked before anything is built: the error about too few images should come at once.
     steps = pipeline.steps_per_epoch(train_images, batch_size=config.batch_size, size=world.size)
-    tell = report if report and world.rank == 0 else lambda progress: None
     if world.rank == 0:
-        skipping.record_skipped(config, folder)
+        skipping.record_skipped(info, folder)
     tell({"phase": "building the network"})
+    # Weights may have to be fetched from far away.
+    beat("building the network", patience=PATIENCE if config.weights == "imagenet" else 1)
     model, optimizer = _build(config, len(info["findings"]), world)
     history, best, best_weights = [], None, None
-    belongs_to = f"{config.network} in {config.precision}, {config.image_size} px, {', '.join(info['findings'])}"
+    settings = config.to_parameters() | {
+        "findings": info["findings"],
+        "workers": world.size,
+        "shards": info.get("plan_sha256", "")[:12],
+        **skipping.describe_skipped(info),
+    }
     if resume:
-        history, best_weights = checkpoint.restore(folder, belongs_to, model, optimizer)
+        beat("reading the checkpoint")
+        state = checkpoint.read(folder)
+        checkpoint.apply(state, settings, model, optimizer)
+        # Horovod: ranks that went on from different epochs would wait for each other for ever.
+        if len(set(gather_names(state.sha256))) > 1:
+            raise WorkbenchError(f"The ranks read different checkpoints in {folder}: check the disk that they share.")
+        history, best_weights = state.history, state.best_weights
         best = next(row for row in reversed(history) if row["best"])
+        if world.rank == 0:
+            for line in (*state.notes, *checkpoint.describe_changes(state.settings, settings)):
+                print(line)
+            print(f"going on after epoch {len(history)} of {config.epochs}, best so far epoch {best['epoch']}")
         for row in history:
             tell({"history": row, "epoch": row["epoch"], "epochs": config.epochs})
     train_step, predict_step = build_train_step(model, optimizer), build_predict_step(model)
@@ -83,6 +115,7 @@ def train(
         decay = decay_after(history, factor=config.plateau_factor, patience=config.plateau_patience)
         row = _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell)
         tell({"phase": "validating"})
+        beat(f"validating after epoch {epoch + 1}")
         # Horovod: each rank's moving statistics come from its own batches.
         distributed.average_batch_statistics(model)
         labels, scores, _ = predict(predict_step, config, "val", world)
@@ -95,22 +128,23 @@ def train(
         if row["best"]:
             best, best_weights = row, [np.array(value) for value in model.get_weights()]
         # Horovod: all ranks hold the same, so one of them writes.
+        beat(f"keeping epoch {epoch + 1}")
         if world.rank == 0:
-            checkpoint.write(folder, belongs_to, history, model, optimizer, best_weights)
             with written_whole(folder / "history.csv") as part:
                 pd.DataFrame(history).to_csv(part, index=False)
             if row["best"]:
-                with written_whole(folder / "model.keras") as part:
-                    network.write_network(
-                        model,
-                        part,
-                        findings=info["findings"],
-                        stored_size=info["image_size"],
-                        encoding=info["encoding"],
-                    )
+                _write_model(folder, model, info)
+            # Last, since it is what a resumed run begins from: what it says is complete is there.
+            checkpoint.write(folder, settings, history, model, optimizer, best_weights)
         tell({"history": history[-1], "epoch": epoch + 1, "epochs": config.epochs})
     tell({"phase": "predicting with the best epoch"})
+    beat("predicting with the best epoch")
     model.set_weights(best_weights)
+    if resume and world.rank == 0:
+        # After a break these two may be of an epoch that the checkpoint does not have.
+        with written_whole(folder / "history.csv") as part:
+            pd.DataFrame(history).to_csv(part, index=False)
+        _write_model(folder, model, info)
     images = shards.read_images(config.shard_folder).set_index("row")
     for split in ("val", "test"):
         labels, scores, rows = predict(predict_step, config, split, world)
@@ -137,6 +171,13 @@ def train(
     return summary
 
 
+def _write_model(folder: Path, model: keras.Model, info: dict) -> None:
+    with written_whole(folder / "model.keras") as part:
+        network.write_network(
+            model, part, findings=info["findings"], stored_size=info["image_size"], encoding=info["encoding"]
+        )
+
+
 @skipping.damaged_records
 def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3) -> dict:
     """Time training steps on the real shards, input included, without keeping anything.
@@ -154,6 +195,7 @@ def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3)
     model, optimizer = _build(config, len(info["findings"]), world)
     train_step, batches, seconds = build_train_step(model, optimizer), _endless(config, world), []
     for step in range(warmup + steps):
+        beat(f"measuring step {step + 1}")
         began = time.perf_counter()
         float(train_step(*next(batches)))
         if step >= warmup:
@@ -223,7 +265,8 @@ def predict(
     )
     findings = len(shards.read_info(config.shard_folder)["findings"])
     labels, scores, rows = [np.zeros((0, findings), np.float32)], [np.zeros((0, findings), np.float32)], []
-    for radiographs, truth, where in damage.each_batch(batches, config.shard_folder, split):
+    for number, (radiographs, truth, where) in enumerate(damage.each_batch(batches, config.shard_folder, split), 1):
+        beat(f"predicting {split}, batch {number}")
         scores.append(predict_step(radiographs).numpy())
         labels.append(truth.numpy())
         rows.extend(where.numpy())
@@ -311,6 +354,8 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
         asked = time.perf_counter()
         radiographs, labels = next(batches)
         waited += time.perf_counter() - asked
+        # Before the step, in which it waits for the others: who has not come so far is who is waited for.
+        beat(f"step {step + 1} of {steps} in epoch {epoch + 1}")
         set_learning_rate(optimizer, rate * config.warmup(epoch, step, steps))
         losses.append(train_step(radiographs, labels))
         # A step late, so that a GPU is never made to wait for Python to look at its loss.
