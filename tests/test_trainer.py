@@ -295,6 +295,22 @@ def test_damaged_records_are_skipped_listed_and_every_other_image_is_used_once(d
     assert "shard_folder" not in said, "the copies' folder is nobody's business"
     pd.testing.assert_frame_equal(history_of(folder), history_of(again), check_exact=True)
     assert not list(Path(tempfile.gettempdir()).glob("workbench-shards-*"))
+    assert runs.skipped_images(folder) == list(skipped["image"])
+    assert runs.skipped_images(folder.parent) == []
+
+
+def test_a_run_whose_shards_were_mended_predicts_everything_again(shard_folder, damaged, tiny_config, new_run, capsys):
+    folder = new_run()
+    config = replace(tiny_config, shard_folder=str(damaged), damaged_records="skip", epochs=1)
+    trainer.train(config, folder)
+    assert len(runs.skipped_images(folder)) == 4
+    for file, _ in DAMAGED:
+        shutil.copy(shard_folder / file, damaged)
+    trainer.train(replace(config, epochs=2, damaged_records="raise"), folder, resume=True)
+    assert "`damaged_records` skip -> raise" in capsys.readouterr().out
+    assert runs.skipped_images(folder) == []
+    predicted = pd.read_csv(folder / "predictions-test.csv")
+    assert len(predicted) == shards.read_info(damaged)["splits"]["test"]["images"]
 
 
 def test_shards_without_damage_train_alike_under_both_policies(tiny_config, new_run):

@@ -75,6 +75,8 @@ def record_skipped(info: dict, run_folder: Path) -> None:
     Columns: `shard`, `record` (counted from 1), `split`, `image`, `damage`.
     """
     if "skipped" not in info:
+        # Of the epochs before a resumption: the predictions will have all images.
+        (run_folder / TABLE).unlink(missing_ok=True)
         return
     table = pd.DataFrame(info["skipped"], columns=list(damage.COLUMNS))
     with written_whole(run_folder / TABLE) as part:
