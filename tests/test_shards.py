@@ -394,3 +394,49 @@ def test_radiographs_by_name_from_any_split(frame, written):
     np.testing.assert_array_equal(images, [radiographs.read_radiograph(path) for path in paths])
     with pytest.raises(WorkbenchError, match=r"`nobody.png` is in none of the shards"):
         shards.read_radiographs(written, ["nobody.png"])
+
+
+def test_a_mutated_info_is_read_as_it_is_or_refused_in_a_sentence(copy):
+    """Each value of info.json replaced by one of another kind, and deleted."""
+    info = json.loads((copy / "info.json").read_text())
+
+    def places(value, path=()):
+        yield path
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            yield from places(value[key], (*path, key))
+
+    refused = 0
+    for path in places(info):
+        for other in (None, [], {}, "../../etc/passwd", -1, 2.5, True, [[]]):
+            mutated = json.loads(json.dumps(info))
+            inside = mutated
+            for key in path[:-1]:
+                inside = inside[key]
+            if path:
+                inside[path[-1]] = other
+            else:
+                mutated = other
+            (copy / "info.json").write_text(json.dumps(mutated))
+            try:
+                found = shards.read_info(copy)
+            except WorkbenchError as error:
+                assert "info.json` " in str(error)  # noqa: PT017
+                refused += 1
+            else:
+                assert all(
+                    (copy / shard["file"]).parent == copy
+                    for told in found["splits"].values()
+                    for shard in told["shards"]
+                )
+    assert refused > 150
+
+
+def test_a_table_that_is_none_is_refused_by_name(copy):
+    for content in (b"", b"\xff\xfe\x00", b"row,image\n1,a\n", b"row,image\nx,a\n", b'"'):
+        (copy / "images.csv").write_bytes(content)
+        with pytest.raises(WorkbenchError, match=r"images.csv` (cannot be read|has no column)"):
+            shards.read_images(copy)
+        assert next(shards.find_faults(copy))[0].name == "images.csv"
+    (copy / "images.csv").unlink()
+    with pytest.raises(WorkbenchError, match=r"images.csv` is missing"):
+        shards.read_images(copy)

@@ -30,6 +30,7 @@ from workbench.data.radiographs import ENCODINGS, decode_radiograph, encode_radi
 from workbench.data.records import NOT_OURS, count_records, import_tensorflow, parse_record, read_records, walk_records
 
 FORMAT = 1
+MOST_IMAGES = 1_000_000  # of a shard, so that nobody counts for ever what a changed info.json claims
 MOST_TOLD = 5  # groups of damaged records that are told of one shard
 IMAGES_PER_PROCESS = 1000  # fewer are done sooner than another process is started
 
@@ -127,14 +128,18 @@ def read_info(folder: str | Path, *, findings: Sequence[str] | None = None) -> d
         )
     try:
         info = json.loads(path.read_text())
-        missing = {"format", "findings", "image_size", "encoding", "splits"} - set(info)
-    except (ValueError, TypeError) as error:
+        if not isinstance(info, dict):
+            raise ValueError(f"it holds a {type(info).__name__}")
+    except (ValueError, OSError, RecursionError) as error:
         raise WorkbenchError(f"`{path}` cannot be read ({error}): write the shards again.") from None
+    missing = {"format", "findings", "image_size", "encoding", "splits"} - info.keys()
     if missing or info["format"] != FORMAT:
         raise WorkbenchError(
             f"`{path}` is not of format {FORMAT} (format {info.get('format')}, missing {sorted(missing)}): "
             "write the shards again."
         )
+    if wrong := _wrong_entry(info):
+        raise WorkbenchError(f"`{path}` holds no {wrong}: it was changed by hand, write the shards again.")
     if findings is not None and list(findings) != info["findings"]:
         raise WorkbenchError(
             f"`{path}` has the findings {', '.join(info['findings'])}, but asked for were "
@@ -144,9 +149,23 @@ def read_info(folder: str | Path, *, findings: Sequence[str] | None = None) -> d
 
 
 def read_images(folder: str | Path) -> pd.DataFrame:
-    """Read `images.csv`: row, image, patient, …, split, shard, then the findings; in the records' order."""
-    labels = dict.fromkeys(read_info(folder)["findings"], np.uint8)
-    return pd.read_csv(Path(folder) / "images.csv", dtype={"image": str, "sex": str, "view": str} | labels)
+    """Read `images.csv`: row, image, patient, …, split, shard, then the findings; in the records' order.
+
+    Raises:
+        WorkbenchError: it is missing, cannot be read, or lacks a column.
+    """
+    path, findings = Path(folder) / "images.csv", read_info(folder)["findings"]
+    if not path.is_file():
+        raise WorkbenchError(f"`{path}` is missing: write the shards again, or copy this file again.")
+    kinds = {"row": np.int64, "image": str, "sex": str, "view": str} | dict.fromkeys(findings, np.uint8)
+    try:
+        table = pd.read_csv(path, dtype=kinds)
+    except (ValueError, OSError) as error:
+        raise WorkbenchError(f"`{path}` cannot be read ({error}): write the shards again.") from None
+    absent = [name for name in ("row", "image", "patient", "split", "shard", *findings) if name not in table]
+    if absent:
+        raise WorkbenchError(f"`{path}` has no column `{absent[0]}`: write the shards again, or copy this file again.")
+    return table
 
 
 def verify_shards(folder: str | Path, *, progress: bool = False) -> pd.DataFrame:
@@ -395,6 +414,43 @@ def _describe_split(folder: Path, table: pd.DataFrame, split: str) -> dict:
         path = folder / name
         shards.append({"file": name, "images": int(images), "bytes": path.stat().st_size, "sha256": _sha256(path)})
     return {"images": len(part), "patients": int(part["patient"].nunique()), "shards": shards}
+
+
+def _wrong_entry(info: dict) -> str:
+    """What of an info.json is not what `write_shards` writes, in words; empty if all is."""
+
+    def is_shard(shard) -> bool:
+        # A file's name alone: nothing outside of the folder is ever read.
+        return (
+            isinstance(shard, dict)
+            and isinstance(shard.get("file"), str)
+            and shard["file"].endswith(".tfrecord")
+            and os.path.basename(shard["file"]) == shard["file"]
+            and all(type(shard.get(name)) is int and shard[name] >= 0 for name in ("images", "bytes"))
+            and shard["images"] <= MOST_IMAGES
+            and isinstance(shard.get("sha256"), str)
+        )
+
+    def is_split(told) -> bool:
+        return (
+            isinstance(told, dict)
+            and type(told.get("images")) is int
+            and isinstance(told.get("shards"), list)
+            and all(map(is_shard, told["shards"]))
+        )
+
+    findings, size, splits = info["findings"], info["image_size"], info["splits"]
+    if not (isinstance(findings, list) and findings and all(isinstance(name, str) for name in findings)):
+        return "list of findings"
+    if len(set(findings)) < len(findings):
+        return "findings that differ"
+    if type(size) is not int or not 0 < size <= 2**14:
+        return f"image size but {str(size)[:40]}"
+    if info["encoding"] not in ENCODINGS:
+        return f"known encoding but {str(info['encoding'])[:40]}"
+    if not (isinstance(splits, dict) and splits.keys() == set(SPLITS) and all(map(is_split, splits.values()))):
+        return f"list of shards for each of {', '.join(SPLITS)}"
+    return "" if isinstance(info.get("split", {}), dict) else "description of the split"
 
 
 def _fault_of(folder: Path, info: dict, shard: dict, expected: pd.DataFrame | None) -> str:
