@@ -118,7 +118,8 @@ def _explain(folder: Path, split: str, said: str) -> str:
         path = folder / shard["file"]
         offset = re.search(r"record at (\d+)", said)
         number = records.number_at(path, int(offset.group(1))) if offset and path.is_file() else None
-        # TensorFlow names the place, not the file: the first one that has a damaged record there is it.
+        # TensorFlow names the place, not the file: the first one that has a damaged record there is it. So a record is
+        # read of each file, not all of the gigabytes, while the other ranks wait.
         if number is not None and records.is_damaged(path, number):
             return _sentence(folder, shard, {number: "fails its checksum"})
     for shard in info["splits"][split]["shards"]:

@@ -13,6 +13,7 @@ import re
 import struct
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from workbench import WorkbenchError
@@ -78,10 +79,10 @@ def count_records(path: Path) -> int:
 
 
 def number_at(path: Path, offset: int) -> int | None:
-    """The number of the record that begins at a byte of the file; None where none begins."""
-    for number, position in enumerate(_offsets(path)):
-        if position >= offset:
-            return number if position == offset < path.stat().st_size else None
+    """The number of the record that a byte of the file belongs to; None behind the last one."""
+    for number, (start, stop) in enumerate(pairwise(_offsets(path))):
+        if start <= offset < stop:
+            return number
     return None
 
 
