@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from workbench import WorkbenchError
 from workbench.data import pipeline, shards
-from workbench.training import distributed, network, skipping, trainer
+from workbench.training import distributed, network, pulse, skipping, trainer
 
 
 def world():
@@ -180,3 +180,12 @@ def talk(*, report):
     if here.rank == 0:
         report({"history": {"epoch": 1}})
     return here.rank
+
+
+def hang_on(rank: int):
+    """One rank does nothing any more while the others wait for it in an exchange."""
+    here = distributed.start()
+    pulse.beat("hanging" if here.rank == rank else "exchanging")
+    if here.rank == rank:
+        time.sleep(600)
+    distributed.average({"never": 1.0})

@@ -217,6 +217,6 @@ def test_what_a_kernel_says_while_it_ends_goes_to_its_log(tmp_path, capfd):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "run" / "notebooks").mkdir(parents=True)
     nbformat.write(notebook, tmp_path / "notebooks" / "01_explore_dataset.ipynb")
-    batch._execute_notebook(tmp_path, tmp_path / "run", "01_explore_dataset", {})
+    batch._execute_notebook(tmp_path, tmp_path / "run", "01_explore_dataset", {}, batch._Interrupts())
     assert "a library at its end" in (tmp_path / "run" / "notebooks" / "01_explore_dataset.log").read_text()
     assert "a library at its end" not in capfd.readouterr().err

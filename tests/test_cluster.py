@@ -87,7 +87,7 @@ def test_a_cluster_that_cannot_start_says_what_mpiexec_said(monkeypatch):
     [
         ("user", WorkbenchError, r"the value 7 is wrong: use 8 \(rank 1\)"),
         ("bug", cluster.WorkerError, "Rank 1 failed with ZeroDivisionError: a bug"),
-        ("killed", cluster.WorkerError, r"Rank 1 died: .*rank 1 .*signal 9 \(Killed\)"),
+        ("killed", cluster.WorkerError, r"Rank 1 on .* died: it was ended by signal 9 \(Killed\)"),
     ],
 )
 def test_the_first_error_of_a_rank_ends_the_run(kind, error, said):

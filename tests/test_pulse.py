@@ -16,12 +16,13 @@ from workbench.training import pulse
 LIMIT = 30.0
 
 
-def sign(number, beats, *, cpu=0.0, patience=1, doing="step 3"):
-    return {"number": number, "beats": beats, "doing": doing, "patience": patience, "at": "trainer.py:1, f", "cpu": cpu}
+def sign(number, beats, *, cpu=0.0, patience=1, doing="step 3", exchanging=False):
+    said = {"number": number, "beats": beats, "doing": doing, "patience": patience, "exchanging": exchanging}
+    return said | {"at": "trainer.py:1, f", "cpu": cpu}
 
 
 def watch_of(*lives, seconds=100):
-    """The first fault in `seconds`, looked for every second: (when, rank, what); each life gives the sign at a second."""
+    """The first fault in `seconds`: (when, rank, what); each life says what sign a rank gives at a second."""
     watch = pulse.Watch(limit=LIMIT)
     for now in range(seconds):
         for rank, life in enumerate(lives):
@@ -37,7 +38,7 @@ def moving(now):
 
 def waiting(now):
     """Has come to step 6 after 5 s, and waits there without computing."""
-    return sign(now + 1, min(now, 5) + 1, cpu=0.1 * now, doing="step 6")
+    return sign(now + 1, min(now, 5) + 1, cpu=0.1 * now, doing="step 6", exchanging=True)
 
 
 def test_ranks_that_get_on_are_left_alone():
@@ -53,17 +54,23 @@ def test_a_stopped_rank_is_the_silent_one():
 
 
 def test_the_rank_that_hangs_is_the_one_that_came_least_far():
-    hanging = lambda now: sign(now + 1, min(now, 4) + 1, cpu=0.0)  # noqa: E731
+    hanging = lambda now: sign(now + 1, min(now, 4) + 1, exchanging=True)  # noqa: E731
     when, rank, wrong = watch_of(waiting, hanging)
     assert (when, rank) == (5 + LIMIT + 1, 1)
-    assert wrong.startswith("has not moved for 31 s: step 3")
+    assert wrong == "has not moved for 31 s, rank 1 in step 3 (trainer.py:1, f)"
+
+
+def test_the_rank_that_hangs_is_none_of_those_that_wait_for_it():
+    """In a validation ranks have different numbers of batches, so beats alone would blame the wrong one."""
+    further = lambda now: sign(now + 1, min(now, 9) + 1)  # noqa: E731
+    assert watch_of(waiting, further)[1] == 1
 
 
 def test_ranks_that_cannot_be_told_apart_are_all_named():
     when, rank, wrong = watch_of(waiting, waiting)
     assert (when, rank) == (5 + LIMIT + 1, None)
-    assert "rank 0: step 6" in wrong
-    assert "rank 1: step 6" in wrong
+    assert "rank 0 in step 6" in wrong
+    assert "rank 1 in step 6" in wrong
 
 
 def test_a_rank_that_computes_is_given_ten_times_as_long():
@@ -119,9 +126,14 @@ def test_an_interrupt_takes_effect_at_the_next_beat_and_only_there():
 
 
 def test_a_process_ends_with_its_parent():
-    inner = "import time; from workbench.training import pulse; pulse.end_with_parent(); print(1, flush=True); time.sleep(60)"
-    outer = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {inner!r}]); print(p.pid, flush=True); p.wait()"
-    parent = subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, text=True)
+    child = "from workbench.training import pulse; pulse.end_with_parent(); print(1, flush=True); input()"
+    parent = (
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdin=subprocess.PIPE)\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     child = psutil.Process(int(parent.stdout.readline()))
     assert parent.stdout.readline() == "1\n"
     parent.kill()

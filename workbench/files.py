@@ -53,6 +53,12 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def remove_parts(folder: str | os.PathLike) -> None:
+    """Remove what processes that were killed in `written_whole` left below a folder; hold its lock first."""
+    for part in Path(folder).rglob(".*.part*"):
+        part.unlink(missing_ok=True)
+
+
 def sync(path: str | os.PathLike) -> None:
     """Have the operating system put a file, or the names in a folder, on the disk now."""
     handle = os.open(path, os.O_RDONLY)

@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from workbench import WorkbenchError
 from workbench.training.config import COMPRESSIONS
+from workbench.training.pulse import exchange
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def start(threads: int = 0) -> World:
         # Horovod: imported only where MPI runs, so that one process needs neither.
         import horovod.tensorflow as hvd
 
-        hvd.init()
+        with exchange():
+            hvd.init()
         _hvd = hvd
         world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), threads)
     gpus = tf.config.list_physical_devices("GPU")
@@ -122,7 +124,8 @@ def broadcast(variables: list) -> None:
     """Give every rank rank 0's values of Keras variables (of a model AND its built optimizer)."""
     if _hvd is not None:
         # Horovod: all ranks begin as the same model, whatever their own start or restore was.
-        _hvd.broadcast_variables([variable.value for variable in variables], root_rank=0)
+        with exchange():
+            _hvd.broadcast_variables([variable.value for variable in variables], root_rank=0)
 
 
 def average(values: dict[str, float]) -> dict[str, float]:
@@ -130,14 +133,18 @@ def average(values: dict[str, float]) -> dict[str, float]:
     if _hvd is None:
         return dict(values)
     # Horovod: float64, so that the average is the same number on every rank to the last bit.
-    total = _hvd.allreduce(tf.constant(list(values.values()), tf.float64), op=_hvd.Average)
+    with exchange():
+        total = _hvd.allreduce(tf.constant(list(values.values()), tf.float64), op=_hvd.Average)
     return dict(zip(values, total.numpy().tolist(), strict=True))
 
 
 def gather(rows: np.ndarray) -> np.ndarray:
     """Concatenate the rows of all ranks in rank order, on every rank. Ranks may hold different numbers of rows."""
     # Horovod: an all-gather along the first axis, which need not be even.
-    return rows if _hvd is None else _hvd.allgather(tf.convert_to_tensor(rows)).numpy()
+    if _hvd is None:
+        return rows
+    with exchange():
+        return _hvd.allgather(tf.convert_to_tensor(rows)).numpy()
 
 
 def average_batch_statistics(model: keras.Model) -> None:
@@ -152,7 +159,8 @@ def average_batch_statistics(model: keras.Model) -> None:
         return
     # Horovod: one message for all statistics.
     flat = tf.concat([tf.reshape(tf.cast(v.value, tf.float32), [-1]) for v in statistics], 0)
-    flat = _hvd.allreduce(flat, op=_hvd.Average)
+    with exchange():
+        flat = _hvd.allreduce(flat, op=_hvd.Average)
     sizes = [int(np.prod(v.shape)) for v in statistics]
     for variable, part in zip(statistics, tf.split(flat, sizes), strict=True):
         variable.assign(tf.reshape(part, variable.shape))

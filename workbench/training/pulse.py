@@ -28,18 +28,14 @@ from workbench import Interrupted
 
 PACKAGE = str(Path(__file__).parents[1])
 EVERY = 1.0  # seconds between two signs
-BUSY = 0.5  # cores; a rank that uses more computes, however long, and one that hangs or waits uses less
+# Cores, in user mode, from which on a rank computes, however slowly; one that waits or hangs has Horovod's threads
+# look around a thousand times a second, for 0.01 to 0.09 cores.
+BUSY = 0.15
 PATIENCE = 10  # times the limit, for a rank that computes, or that said it would take long
-UNHEARD = {
-    "number": 0,
-    "beats": 0,
-    "doing": "starting",
-    "patience": PATIENCE,
-    "at": "before its first sign",
-    "cpu": 0.0,
-}
+STARTING = {"number": 0, "beats": 0, "doing": "starting", "patience": PATIENCE, "exchanging": False}
+UNHEARD = STARTING | {"at": "before its first sign", "cpu": 0.0}
 
-_beats, _doing, _patience, _asked_to_stop = 0, "starting", PATIENCE, False
+_state, _asked_to_stop = dict(STARTING), False
 
 
 def beat(doing: str, *, patience: int = 1) -> None:
@@ -52,10 +48,19 @@ def beat(doing: str, *, patience: int = 1) -> None:
     Raises:
         Interrupted: this rank was asked to stop.
     """
-    global _beats, _doing, _patience
     if _asked_to_stop:
         raise Interrupted(f"before {doing}")
-    _beats, _doing, _patience = _beats + 1, doing, patience
+    _state.update(beats=_state["beats"] + 1, doing=doing, patience=patience)
+
+
+@contextmanager
+def exchange() -> Iterator[None]:
+    """Mark a block in which this rank may have to wait for the others: who is in one is not who is waited for."""
+    before, _state["exchanging"] = _state["exchanging"], True
+    try:
+        yield
+    finally:
+        _state["exchanging"] = before
 
 
 @contextmanager
@@ -63,20 +68,19 @@ def told(publish: Callable[[dict], None]) -> Iterator[None]:
     """Publish a sign at once and every second until the block ends.
 
     A sign has `number` (of the sign), `beats` (so far), `doing`, `patience`, `at` (file, line and function of this
-    package that the calling thread is in) and `cpu` (seconds of all threads). While the block runs, SIGINT asks this
+    package that the calling thread is in) and `cpu` (seconds of all threads in user mode). While the block runs, SIGINT asks this
     rank to stop at its next beat.
     """
-    global _beats, _doing, _patience, _asked_to_stop
-    ended, here, number = threading.Event(), threading.get_ident(), 0
+    global _asked_to_stop
+    ended, here = threading.Event(), threading.get_ident()
     # A function that never beats is given all the patience there is.
-    _beats, _doing, _patience, _asked_to_stop = 0, "starting", PATIENCE, False
+    _state.update(STARTING)
+    _asked_to_stop = False
 
     def tell() -> None:
-        nonlocal number
         while True:
-            number += 1
-            said = {"number": number, "beats": _beats, "doing": _doing, "patience": _patience}
-            publish(said | {"at": _place(here), "cpu": time.process_time()})
+            _state["number"] += 1
+            publish(_state | {"at": _place(here), "cpu": os.times().user})
             if ended.wait(EVERY):
                 return
 
@@ -161,16 +165,13 @@ class Watch:
         patience = PATIENCE if busy else max((known.sign["patience"] for known in ranks.values()), default=1)
         if still <= self.limit * patience:
             return None
-        # Who waits in an exchange has come further than the one that is waited for.
-        least = min(known.sign["beats"] for known in ranks.values())
-        behind = [rank for rank, known in ranks.items() if known.sign["beats"] == least]
-        rank = behind[0] if len(behind) == 1 and len(ranks) > 1 else None
-        where = (
-            ranks[behind[0]].told()
-            if len(behind) == 1
-            else "; ".join(f"rank {rank}: {known.told()}" for rank, known in ranks.items())
-        )
-        return rank, f"has not moved for {still:.0f} s: {where}"
+        # Who waits in an exchange has done its part; of the others, who has come least far.
+        behind = {rank: known for rank, known in ranks.items() if not known.sign["exchanging"]} or ranks
+        least = min(known.sign["beats"] for known in behind.values())
+        behind = {rank: known for rank, known in behind.items() if known.sign["beats"] == least}
+        rank = next(iter(behind)) if len(behind) == 1 < len(ranks) else None
+        where = "; ".join(f"rank {rank} in {known.told()}" for rank, known in behind.items())
+        return rank, f"has not moved for {still:.0f} s, {where}"
 
 
 def end_with_parent() -> None:

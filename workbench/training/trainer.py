@@ -27,11 +27,11 @@ from sklearn.metrics import roc_auc_score
 
 from workbench import WorkbenchError
 from workbench.data import damage, pipeline, shards
-from workbench.files import held, written_whole
+from workbench.files import held, remove_parts, written_whole
 from workbench.runs import TRAINING_LOCK, now, update_run
 from workbench.training import checkpoint, distributed, fast, network, skipping
 from workbench.training.config import TrainConfig, better, decay_after
-from workbench.training.pulse import PATIENCE, beat
+from workbench.training.pulse import PATIENCE, beat, exchange
 
 Report = Callable[[dict], None]
 
@@ -67,6 +67,8 @@ def train(
     # Horovod: one rank writes, so one rank holds the lock; of a killed run the ranks may need seconds to end.
     alone = held(folder / TRAINING_LOCK, f"The run {folder.name}", wait=30) if world.rank == 0 else nullcontext()
     with alone:
+        if world.rank == 0:
+            remove_parts(folder)
         return _train(config, folder, world, report if report and world.rank == 0 else lambda progress: None, resume)
 
 
@@ -197,7 +199,8 @@ def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3)
     for step in range(warmup + steps):
         beat(f"measuring step {step + 1}")
         began = time.perf_counter()
-        float(train_step(*next(batches)))
+        with exchange():
+            float(train_step(*next(batches)))
         if step >= warmup:
             seconds.append(time.perf_counter() - began)
     # Horovod: a step ends when its slowest rank does.
@@ -354,13 +357,13 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
         asked = time.perf_counter()
         radiographs, labels = next(batches)
         waited += time.perf_counter() - asked
-        # Before the step, in which it waits for the others: who has not come so far is who is waited for.
         beat(f"step {step + 1} of {steps} in epoch {epoch + 1}")
         set_learning_rate(optimizer, rate * config.warmup(epoch, step, steps))
-        losses.append(train_step(radiographs, labels))
-        # A step late, so that a GPU is never made to wait for Python to look at its loss.
-        if step:
-            _check_finite(losses[step - 1], epoch, step - 1, world.rank)
+        with exchange():
+            losses.append(train_step(radiographs, labels))
+            # A step late, so that a GPU is never made to wait for Python to look at its loss.
+            if step:
+                _check_finite(losses[step - 1], epoch, step - 1, world.rank)
         if time.perf_counter() - told > 1:
             told = time.perf_counter()
             done = step + 1
