@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from workbench import WorkbenchError
-from workbench.data import pipeline
-from workbench.training import distributed, network, pulse, trainer
+from workbench.data import pipeline, shards
+from workbench.training import distributed, network, pulse, skipping, trainer
 
 
 def world():
@@ -137,6 +137,17 @@ def images_seen(shard_folder: str, *, batch_size: int, epoch: int):
         augment=False,
     )
     return [[image.tobytes() for image in images.numpy()] for images, _ in batches]
+
+
+@skipping.damaged_records
+def read_without_damage(config):
+    """What this rank reads in an epoch where damaged records are skipped, and what it skips."""
+    skipped = shards.read_info(config.shard_folder)["skipped"]
+    return {
+        "batches": images_seen(config.shard_folder, batch_size=config.batch_size, epoch=0),
+        "folder": config.shard_folder,
+        "skipped": [(one["shard"], one["record"]) for one in skipped],
+    }
 
 
 def predicted(config, split: str):

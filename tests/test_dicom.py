@@ -101,3 +101,9 @@ def test_a_compression_that_nobody_reads_is_said(tmp_path):
     file.save_as(tmp_path / "b.dcm")
     with pytest.raises(WorkbenchError, match=r"b\.dcm` is a DICOM file whose pixels cannot be read .*uncompressed"):
         radiographs.read_radiograph(tmp_path / "b.dcm")
+
+
+def test_absurdly_many_pixels_are_refused_before_any_is_decoded(tmp_path):
+    path = write(tmp_path / "a.dcm", RAMP, Rows=65535, Columns=65535)
+    with pytest.raises(WorkbenchError, match=r"a.dcm` claims 4,294,836,225 pixels"):
+        radiographs.read_radiograph(path)

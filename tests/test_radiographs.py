@@ -1,5 +1,7 @@
 """One image at a time: every file is read as Pillow reads it, damage is named, and sizes are exact averages."""
 
+import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from odd_images import GREY, READ, REFUSED, write_odd_images
 from PIL import Image
 
 from workbench import WorkbenchError
@@ -80,7 +83,7 @@ def test_an_absurd_size_is_refused(tmp_path):
     content[16:24] = b"\0\1\0\0" * 2
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     (tmp_path / "huge.png").write_bytes(content)
-    with pytest.raises(WorkbenchError, match=r"huge.png` cannot be decoded .*exceeds limit"):
+    with pytest.raises(WorkbenchError, match=r"huge.png` claims 4,294,967,296 pixels, more than"):
         radiographs.read_radiograph(tmp_path / "huge.png")
 
 
@@ -89,9 +92,69 @@ def test_unreadable_radiographs_are_named(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
     Image.fromarray(pixels.astype(np.uint16) * 100).save(tmp_path / "deep.png")
-    for name, message in (("cut", "cannot be decoded"), ("deep", "mode I;16"), ("gone", "does not exist")):
+    for name, message in (("cut", "cannot be decoded"), ("deep", "16 bits a channel"), ("gone", "does not exist")):
         with pytest.raises(WorkbenchError, match=f"{name}.png` .*{message}|{name}.png` {message}"):
             radiographs.read_radiograph(tmp_path / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    write_odd_images(folder)
+    return folder
+
+
+def read_as_for_prediction(path):
+    radiographs.refuse_colour(path)
+    return radiographs.read_radiograph(path)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("read", [radiographs.read_radiograph, read_as_for_prediction])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_radiograph_is_refused_in_one_sentence_at_once(odd, name, read):
+    with pytest.raises(WorkbenchError, match=rf"^`\S+/{name}` .*{REFUSED[name]}[^\n]*[.?]$") as told:
+        read(odd / name)
+    assert "BytesIO" not in str(told.value)
+    assert radiographs.find_faults([str(odd / name)]) == [str(told.value)]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_odd_files_that_hold_a_radiograph_are_read(odd, name):
+    expected = GREY[:1, :1] if name == "one.png" else GREY
+    pixels = radiographs.read_radiograph(odd / name)
+    assert pixels.shape == expected.shape
+    # Noise is the worst that a JPEG can be given.
+    assert np.abs(pixels.astype(int) - expected).mean() < (6 if name in ("jpeg.png", "cmyk.jpg", "phone.jpg") else 0.01)
+
+
+def test_a_bomb_takes_no_memory(odd):
+    code = (
+        "import resource, sys; from workbench import WorkbenchError; from workbench.data import radiographs\n"
+        "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "radiographs.read_radiograph(sys.argv[1] + '/palette.png'); before = used()\n"
+        "for name in ('bomb.png', 'bomb.jpg', 'large.png', 'bytes.png'):\n"
+        "    for read in (radiographs.read_radiograph, radiographs.refuse_colour):\n"
+        "        try: read(sys.argv[1] + '/' + name)\n"
+        "        except WorkbenchError: pass\n"
+        "print(used() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(odd)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 60, "MiB"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_file_without_permission_is_refused_by_name(odd, tmp_path):
+    shutil.copy(odd / "palette.png", tmp_path / "secret.png")
+    (tmp_path / "secret.png").chmod(0)
+    code = (
+        "import os, sys; from workbench.data import radiographs; path = sys.argv[1]\n"
+        "os.chdir(os.path.dirname(path)); os.setgid(65534); os.setuid(65534)\n"
+        "print(radiographs.find_faults([os.path.basename(path)])[0])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "secret.png")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told == "`secret.png` cannot be read (Permission denied): check its permissions and the disk.\n"
 
 
 @pytest.mark.nih

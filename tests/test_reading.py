@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+from odd_images import READ, REFUSED, write_odd_images
 from PIL import Image
 
 from workbench import WorkbenchError
+from workbench.analysis import predictions
 from workbench.data import chestxray14, radiographs, shards
 from workbench.training import network, reading, trainer
 
@@ -55,6 +57,16 @@ def test_files_that_cannot_be_read_are_named_and_the_others_read(run, tmp_path):
     assert "picture in colour" in refused["cat.jpg"]
     assert "cannot be decoded" in refused["text.png"]
     assert "does not exist" in refused["none.dcm"]
+
+
+@pytest.mark.timeout(60)
+def test_a_folder_of_odd_files_is_read_as_far_as_it_can_be_and_the_rest_named(run, tmp_path):
+    write_odd_images(tmp_path / "odd")
+    answer = reading.read_files(run, predictions.find_files([tmp_path / "odd"]))
+    assert sorted(path.rsplit("/", 1)[1] for path in answer["scores"].index) == sorted(READ)
+    assert np.isfinite(answer["scores"].to_numpy()).all()
+    assert {path.rsplit("/", 1)[1] for path in answer["refused"]} == REFUSED.keys() - {"gone.png"}
+    assert all(why.startswith(f"`{path}` ") for path, why in answer["refused"].items())
 
 
 def test_no_file_at_all(run):

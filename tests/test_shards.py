@@ -4,14 +4,17 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from odd_images import REFUSED, write_odd_images
 from PIL import Image
 
 from workbench import WorkbenchError
-from workbench.data import radiographs, shards
+from workbench.data import radiographs, records, shards
 
 FINDINGS = ["Effusion", "Mass", "Hernia"]
 COUNTS = {"train": 23, "val": 7, "test": 10}
@@ -205,6 +208,50 @@ def test_a_truncated_image_is_named_and_nothing_looks_whole(tmp_path, processes)
     assert not (tmp_path / "s" / "info.json").exists()
 
 
+def test_a_folder_goes_on_when_the_image_that_stopped_it_is_mended(tmp_path):
+    frame = make_frame(tmp_path / "images")
+    write(frame, tmp_path / "straight")
+    # The shards come in the order train, val, test: the last image of test stops the last shard.
+    bad = frame.loc[frame["split"] == "test", "path"].iloc[-1]
+    with open(bad, "rb") as file:
+        whole = file.read()
+    with open(bad, "wb") as file:
+        file.write(whole[:200])
+    with pytest.raises(WorkbenchError, match=f"{os.path.basename(bad)}` cannot be decoded"):
+        write(frame, tmp_path / "s")
+    before = identities(tmp_path / "s")
+    assert len(before) == 5
+    with open(bad, "wb") as file:
+        file.write(whole)
+    write(frame, tmp_path / "s")
+    assert {name: identities(tmp_path / "s")[name] for name in before} == before
+    for path in (tmp_path / "straight").iterdir():
+        assert (tmp_path / "s" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_folder_does_not_go_on_when_an_image_of_a_finished_shard_has_changed(tmp_path):
+    frame = make_frame(tmp_path / "images")
+    bad = frame.loc[frame["split"] == "test", "path"].iloc[-1]
+    os.truncate(bad, 200)
+    with pytest.raises(WorkbenchError, match="cannot be decoded"):
+        write(frame, tmp_path / "s")
+    for path in frame.loc[frame["split"] == "train", "path"]:
+        Image.new("L", (48, 48), 7).save(path)
+    with pytest.raises(WorkbenchError, match="unfinished shards of other"):
+        write(frame, tmp_path / "s")
+
+
+@pytest.mark.timeout(60)
+def test_writing_names_whatever_stands_where_an_image_should(tmp_path):
+    write_odd_images(tmp_path / "odd")
+    frame = make_frame(tmp_path / "images", {"train": 3, "val": 1, "test": 1})
+    for number, (name, said) in enumerate(REFUSED.items()):
+        paths = [str(tmp_path / "odd" / name), *frame["path"][1:]]
+        with pytest.raises(WorkbenchError, match=f"{name}` .*{said}"):
+            write(frame.assign(path=paths), tmp_path / f"s{number}", processes=1)
+        assert [path.name for path in (tmp_path / f"s{number}").iterdir()] == ["plan.json"]
+
+
 def test_verify_names_what_was_truncated_flipped_lost_or_relabelled(copy):
     victim = copy / "test-00001-of-00002.tfrecord"
     whole = victim.read_bytes()
@@ -226,13 +273,82 @@ def test_verify_names_what_was_truncated_flipped_lost_or_relabelled(copy):
     table = pd.read_csv(copy / "images.csv")
     table.loc[table["shard"] == victim.name, "Mass"] ^= 1
     table.to_csv(copy / "images.csv", index=False)
-    with pytest.raises(WorkbenchError, match=r"images.csv` is not what was written"):
+    with pytest.raises(WorkbenchError, match=r"images.csv` has changed since it was written"):
         shards.verify_shards(copy)
     info = json.loads((copy / "info.json").read_text())
     info["table_sha256"] = hashlib.sha256((copy / "images.csv").read_bytes()).hexdigest()
     (copy / "info.json").write_text(json.dumps(info))
-    with pytest.raises(WorkbenchError, match=r"test-00001-of-00002.tfrecord` holds other labels"):
+    with pytest.raises(
+        WorkbenchError, match=r"test-00001-of-00002.tfrecord` each of the records 1 to 2 of 2 holds other labels"
+    ):
         shards.verify_shards(copy)
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_bad_file_is_named_with_its_records(copy):
+    assert list(shards.find_faults(copy)) == []
+    size = shards.read_info(copy)["splits"]["train"]["shards"][0]["bytes"] // 8  # of a record
+    names = shards.read_images(copy)["image"]
+    flip(copy / "train-00000-of-00003.tfrecord", size * 2 + 100)  # data
+    flip(copy / "train-00000-of-00003.tfrecord", size * 6 + 100)
+    flip(copy / "train-00001-of-00003.tfrecord", size * 4 + 1)  # length
+    os.truncate(copy / "train-00002-of-00003.tfrecord", size * 5 + 20)
+    (copy / "val-00000-of-00001.tfrecord").unlink()
+    shutil.copy(copy / "test-00000-of-00002.tfrecord", copy / "test-00002-of-00003.tfrecord")
+    (copy / "test-00000-of-00002.tfrecord").unlink()
+    os.mkfifo(copy / "test-00000-of-00002.tfrecord")
+    told = {path.name: fault for path, fault in shards.find_faults(copy)}
+    assert told == {
+        "test-00002-of-00003.tfrecord": "is not in info.json",
+        "train-00000-of-00003.tfrecord": "has changed since it was written; "
+        f"record 3 of 8 ({names[2]}) fails its checksum; record 7 of 8 ({names[6]}) fails its checksum",
+        "train-00001-of-00003.tfrecord": "has changed since it was written; "
+        f"record 5 of 8 ({names[12]}) fails its checksum; each of the records 6 to 8 of 8 lies behind a broken length",
+        "train-00002-of-00003.tfrecord": f"has {size * 5 + 20:,} bytes instead of {size * 7:,}; "
+        "each of the records 6 to 7 of 7 is cut short",
+        "val-00000-of-00001.tfrecord": "is missing",
+        "test-00000-of-00002.tfrecord": "is no file",
+    }
+
+
+def test_a_damaged_record_does_not_keep_others_from_being_looked_at(copy):
+    names = shards.read_images(copy)["image"].tolist()
+    whole = shards.read_radiographs(copy, names[:8])
+    size = shards.read_info(copy)["splits"]["train"]["shards"][0]["bytes"] // 8
+    flip(copy / "train-00000-of-00003.tfrecord", size * 2 + 100)
+    np.testing.assert_array_equal(shards.read_radiographs(copy, names[3:8]), whole[3:])
+    with pytest.raises(WorkbenchError, match=rf"`{names[2]}` is damaged in `.*train-00000-of-00003.tfrecord`"):
+        shards.read_radiographs(copy, names[:8])
+
+
+def test_a_record_of_something_else_is_named_not_parsed(copy):
+    import tensorflow as tf
+
+    path = copy / "val-00000-of-00001.tfrecord"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for content in (b"", b"\xff\xfe", b"\n\x00"):
+            writer.write(content)
+    with pytest.raises(WorkbenchError, match=r"record 1 is not a record of a shard"):
+        records.read_records(path)
+    [(_, fault)] = shards.find_faults(copy)
+    assert "each of the records 1 to 3 of 7 is not a record of a shard" in fault
+    assert "each of the records 4 to 7 of 7 is missing" in fault
+
+
+def test_looking_at_shards_takes_no_gpu_from_a_worker():
+    """A worker has imported TensorFlow before it looks at shards."""
+    code = (
+        "import tensorflow as tf\nfrom workbench.data import records\nasked = []\n"
+        "tf.config.set_visible_devices = lambda *devices: asked.append(devices)\n"
+        "records.import_tensorflow()\nprint(asked)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_verify_counts_the_records(copy):
@@ -278,3 +394,49 @@ def test_radiographs_by_name_from_any_split(frame, written):
     np.testing.assert_array_equal(images, [radiographs.read_radiograph(path) for path in paths])
     with pytest.raises(WorkbenchError, match=r"`nobody.png` is in none of the shards"):
         shards.read_radiographs(written, ["nobody.png"])
+
+
+def test_a_mutated_info_is_read_as_it_is_or_refused_in_a_sentence(copy):
+    """Each value of info.json replaced by one of another kind, and deleted."""
+    info = json.loads((copy / "info.json").read_text())
+
+    def places(value, path=()):
+        yield path
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            yield from places(value[key], (*path, key))
+
+    refused = 0
+    for path in places(info):
+        for other in (None, [], {}, "../../etc/passwd", -1, 2.5, True, [[]]):
+            mutated = json.loads(json.dumps(info))
+            inside = mutated
+            for key in path[:-1]:
+                inside = inside[key]
+            if path:
+                inside[path[-1]] = other
+            else:
+                mutated = other
+            (copy / "info.json").write_text(json.dumps(mutated))
+            try:
+                found = shards.read_info(copy)
+            except WorkbenchError as error:
+                assert "info.json` " in str(error)  # noqa: PT017
+                refused += 1
+            else:
+                assert all(
+                    (copy / shard["file"]).parent == copy
+                    for told in found["splits"].values()
+                    for shard in told["shards"]
+                )
+    assert refused > 150
+
+
+def test_a_table_that_is_none_is_refused_by_name(copy):
+    for content in (b"", b"\xff\xfe\x00", b"row,image\n1,a\n", b"row,image\nx,a\n", b'"'):
+        (copy / "images.csv").write_bytes(content)
+        with pytest.raises(WorkbenchError, match=r"images.csv` (cannot be read|has no column)"):
+            shards.read_images(copy)
+        assert next(shards.find_faults(copy))[0].name == "images.csv"
+    (copy / "images.csv").unlink()
+    with pytest.raises(WorkbenchError, match=r"images.csv` is missing"):
+        shards.read_images(copy)

@@ -1,11 +1,15 @@
 """Training on real MPI ranks: once each, the same again, resumed, and stopped when it goes wrong."""
 
+import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
+import tensorflow as tf
 from sklearn.metrics import log_loss, roc_auc_score
 
 from workbench import WorkbenchError, runs
@@ -196,15 +200,171 @@ def test_validation_that_cannot_choose_an_epoch_is_refused(dataset, tiny_config,
     trainer.train(replace(tiny_config, shard_folder=str(tmp_path / "one"), best_by="loss"), new_run("c"))
 
 
-def test_a_damaged_record_is_a_sentence(dataset, tiny_config, tmp_path, new_run):
-    frame = chestxray14.read_dataset(dataset, validation_fraction=0.25)
-    shards.write_shards(frame, tmp_path / "shards", image_size=36, processes=1, progress=False)
-    shard = next((tmp_path / "shards").glob("train-*"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1  # the size stays
-    shard.write_bytes(content)
-    with pytest.raises(WorkbenchError, match=r"A shard in .* is damaged"):
-        trainer.train(replace(tiny_config, shard_folder=str(tmp_path / "shards")), new_run())
+def record_size(folder) -> int:
+    """Bytes of a record of these shards, which hold raw images, so that all are alike."""
+    shard = shards.read_info(folder)["splits"]["train"]["shards"][0]
+    return shard["bytes"] // shard["images"]
+
+
+def damage(folder, file, record, *, place=200):
+    """Flip a bit in a record, counted from 1; place 2 lies in its length. The size stays."""
+    content = bytearray((folder / file).read_bytes())
+    content[record_size(folder) * (record - 1) + place] ^= 1
+    (folder / file).write_bytes(content)
+
+
+@pytest.fixture
+def damaged(shard_folder, tmp_path):
+    """Shards of which records 3 and 9 of one training shard, one of val and one of test fail their checksums."""
+    folder = shutil.copytree(shard_folder, tmp_path / "damaged")
+    for file, record in DAMAGED:
+        damage(folder, file, record)
+    return folder
+
+
+DAMAGED = [
+    ("train-00001-of-00005.tfrecord", 3),
+    ("train-00001-of-00005.tfrecord", 9),
+    ("val-00000-of-00002.tfrecord", 1),
+    ("test-00001-of-00002.tfrecord", 2),
+]
+
+
+def images_at(folder, places):
+    table = shards.read_images(folder)
+    return [table.loc[table["shard"] == file, "image"].iloc[record - 1] for file, record in places]
+
+
+@pytest.mark.parametrize(
+    ("file", "record", "place"),
+    [
+        ("train-00003-of-00005.tfrecord", 7, 200),
+        ("train-00000-of-00005.tfrecord", 16, 2),
+        ("val-00001-of-00002.tfrecord", 1, 200),
+    ],
+)
+def test_a_damaged_record_is_named_with_its_shard_and_image(
+    shard_folder, tiny_config, tmp_path, new_run, file, record, place
+):
+    folder = shutil.copytree(shard_folder, tmp_path / "shards")
+    damage(folder, file, record, place=place)
+    [image] = images_at(folder, [(file, record)])
+    said = rf"{file}` is damaged: record {record} of \d+ \({image}\) fails its checksum; copy .* `damaged_records`"
+    with pytest.raises(WorkbenchError, match=said):
+        trainer.train(replace(tiny_config, shard_folder=str(folder)), new_run())
+    if file.startswith("train"):
+        with pytest.raises(WorkbenchError, match=said):
+            trainer.measure_throughput(replace(tiny_config, shard_folder=str(folder)), warmup=0)
+
+
+def test_a_record_that_is_whole_but_no_radiograph_is_named(shard_folder, tiny_config, tmp_path, new_run):
+    folder = shutil.copytree(shard_folder, tmp_path / "shards")
+    path = folder / "train-00002-of-00005.tfrecord"
+    held = list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for number, record in enumerate(held):
+            writer.write(b"x" * len(record) if number == 4 else record)
+    with pytest.raises(WorkbenchError, match=r"train-00002-of-00005.tfrecord` is damaged: record 5 of 16 .*is not a"):
+        trainer.train(replace(tiny_config, shard_folder=str(folder)), new_run())
+
+
+def test_damaged_records_are_skipped_listed_and_every_other_image_is_used_once(damaged, tiny_config, new_run, capsys):
+    config = replace(tiny_config, shard_folder=str(damaged), damaged_records="skip", damaged_limit=4)
+    before = {path.name: path.read_bytes() for path in damaged.iterdir()}
+    folder, again = new_run("first"), new_run("second")
+    told = trainer.train(config, folder)
+    assert {path.name: path.read_bytes() for path in damaged.iterdir()} == before
+    skipped = pd.read_csv(folder / "skipped.csv")
+    assert list(zip(skipped["shard"], skipped["record"], strict=True)) == DAMAGED
+    assert list(skipped["image"]) == images_at(damaged, DAMAGED)
+    assert list(skipped["split"]) == ["train", "train", "val", "test"]
+    assert set(skipped["damage"]) == {"fails its checksum"}
+    said = capsys.readouterr().out
+    assert "damaged records skipped: 4" in said
+    assert all(image in said for image in skipped["image"])
+    images = shards.read_images(damaged)
+    for split in ("val", "test"):
+        expected = set(images.loc[images["split"] == split, "image"]) - set(skipped["image"])
+        predicted = pd.read_csv(folder / f"predictions-{split}.csv")
+        assert sorted(predicted["image"]) == sorted(expected)
+    # The same seed, the same order; and so it is when the run is broken off and resumed.
+    trainer.train(replace(config, epochs=1), again)
+    assert trainer.train(config, again, resume=True)["weights_sha256"] == told["weights_sha256"]
+    said = capsys.readouterr().out
+    assert "`epochs` 1 -> 2" in said
+    assert "shard_folder" not in said, "the copies' folder is nobody's business"
+    pd.testing.assert_frame_equal(history_of(folder), history_of(again), check_exact=True)
+    assert not list(Path(tempfile.gettempdir()).glob("workbench-shards-*"))
+    assert runs.skipped_images(folder) == list(skipped["image"])
+    assert runs.skipped_images(folder.parent) == []
+
+
+def test_a_run_whose_shards_were_mended_predicts_everything_again(shard_folder, damaged, tiny_config, new_run, capsys):
+    folder = new_run()
+    config = replace(tiny_config, shard_folder=str(damaged), damaged_records="skip", epochs=1)
+    trainer.train(config, folder)
+    assert len(runs.skipped_images(folder)) == 4
+    for file, _ in DAMAGED:
+        shutil.copy(shard_folder / file, damaged)
+    trainer.train(replace(config, epochs=2, damaged_records="raise"), folder, resume=True)
+    assert "`damaged_records` skip -> raise" in capsys.readouterr().out
+    assert runs.skipped_images(folder) == []
+    predicted = pd.read_csv(folder / "predictions-test.csv")
+    assert len(predicted) == shards.read_info(damaged)["splits"]["test"]["images"]
+
+
+def test_shards_without_damage_train_alike_under_both_policies(tiny_config, new_run):
+    raising, skipping = new_run("raise"), new_run("skip")
+    first = trainer.train(replace(tiny_config, epochs=1), raising)
+    second = trainer.train(replace(tiny_config, epochs=1, damaged_records="skip", damaged_limit=0), skipping)
+    assert first["weights_sha256"] == second["weights_sha256"]
+    assert not (raising / "skipped.csv").exists()
+    assert pd.read_csv(skipping / "skipped.csv").empty
+
+
+def test_more_damage_than_the_limit_is_refused_before_training(damaged, tiny_config, new_run):
+    config = replace(tiny_config, shard_folder=str(damaged), damaged_records="skip", damaged_limit=3)
+    folder = new_run()
+    with pytest.raises(WorkbenchError, match=r"4 records in .* are damaged, .* and `damaged_limit` allows 3"):
+        trainer.train(config, folder)
+    assert not (folder / "history.csv").exists()
+
+
+def test_a_broken_length_costs_the_rest_of_its_shard(shard_folder, tiny_config, tmp_path, new_run):
+    folder = shutil.copytree(shard_folder, tmp_path / "shards")
+    damage(folder, "test-00000-of-00002.tfrecord", 13, place=2)
+    with (folder / "train-00004-of-00005.tfrecord").open("r+b") as file:  # cut short in its last record
+        file.truncate(file.seek(0, 2) - 9)
+    last = shards.read_info(folder)["splits"]["train"]["shards"][4]["images"]
+    config = replace(tiny_config, shard_folder=str(folder), damaged_records="skip", epochs=1)
+    run = new_run()
+    trainer.train(config, run)
+    skipped = pd.read_csv(run / "skipped.csv")
+    assert list(skipped["record"]) == [last, 13, 14, 15, 16]
+    assert list(skipped["damage"]) == ["is cut short", "fails its checksum", *["lies behind a broken length"] * 3]
+    table = shards.read_images(folder).query("split == 'test'")
+    assert len(pd.read_csv(run / "predictions-test.csv")) == len(table) - 4
+
+
+@pytest.mark.mpi
+def test_ranks_agree_on_what_is_skipped_and_do_equal_steps(ranks, damaged, tiny_config, new_run):
+    config = replace(tiny_config, shard_folder=str(damaged), damaged_records="skip", epochs=1)
+    told = ranks(2).run("rank_functions.read_without_damage", config)
+    kept = shards.read_info(damaged)["splits"]["train"]["images"] - 2
+    assert [len(rank["batches"]) for rank in told] == [kept // (2 * config.batch_size)] * 2
+    seen = [image for rank in told for batch in rank["batches"] for image in batch]
+    assert len(seen) == len(set(seen))
+    assert not any(Path(rank["folder"]).exists() for rank in told), "copies are left behind"
+    assert told[0]["skipped"] == told[1]["skipped"] == DAMAGED
+    folder = new_run()
+    digests = {rank["weights_sha256"] for rank in train(ranks, 2, config, folder)}
+    assert len(digests) == 1
+    assert len(pd.read_csv(folder / "skipped.csv")) == 4
+    table = shards.read_images(damaged)
+    for split in ("val", "test"):
+        predicted = pd.read_csv(folder / f"predictions-{split}.csv")["image"]
+        assert predicted.is_unique
+        assert len(predicted) == (table["split"] == split).sum() - 1
 
 
 def test_errors_come_before_anything_is_built(tiny_config, new_run):

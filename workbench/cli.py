@@ -166,6 +166,12 @@ def _download(options: argparse.Namespace) -> None:
     download.download(options.folder, jobs=options.jobs, keep_archives=options.keep_archives)
 
 
+def _verify(options: argparse.Namespace) -> int:
+    from workbench.data import verify
+
+    return int(verify.verify_folder(options.folder, processes=options.processes)["bad"] > 0)
+
+
 def _synthesize(options: argparse.Namespace) -> None:
     from workbench.data import synthetic
 
@@ -253,6 +259,16 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("--jobs", type=int, default=3, help="archives fetched at a time (default: 3)")
     download.add_argument("--keep-archives", action="store_true", help="keep the archives after unpacking them")
     download.set_defaults(call=_download)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check shards or raw data, and name each bad file",
+        description="Check a folder of shards (sizes, SHA-256, every record's checksum, labels) or raw data in NIH's "
+        "layout (table, lists, boxes, every image there and decodable), and name each bad file. Ends with 1 if one is.",
+    )
+    verify.add_argument("folder", metavar="DIR", help="a folder of shards, or of raw data")
+    verify.add_argument("--processes", type=int, default=0, help="that decode images (default: one per core)")
+    verify.set_defaults(call=_verify)
 
     synthesize = commands.add_parser("synthesize", help="write a small made-up data set in NIH's layout")
     synthesize.add_argument("folder", metavar="DIR", help="a folder that does not exist yet")

@@ -13,6 +13,7 @@ Files appear whole: they are written beside their place and renamed into it.
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib.metadata
 import itertools
 import json
@@ -225,6 +226,15 @@ def read_metrics(folder: str | os.PathLike) -> dict:
     if not isinstance(metrics, dict) or not isinstance(metrics.get("test", {}), dict):
         raise WorkbenchError(f"{path} holds no metrics: run notebook 04_evaluate on the run again.")
     return metrics
+
+
+def skipped_images(folder: str | os.PathLike) -> list[str]:
+    """The images that a run left out of training and predictions, as damaged: those of its `skipped.csv`, if any."""
+    path = Path(folder) / "skipped.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [row["image"] for row in csv.DictReader(file)]
 
 
 def list_runs(root: str | os.PathLike):

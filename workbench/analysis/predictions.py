@@ -25,7 +25,12 @@ def find_files(named: Sequence[str | os.PathLike]) -> list[str]:
         if not Path(name).is_dir():
             found.append(str(name))
             continue
-        inside = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in SUFFIXES)
+        try:
+            inside = sorted(str(path) for path in Path(name).iterdir() if path.suffix.lower() in SUFFIXES)
+        except OSError as error:
+            raise WorkbenchError(
+                f"The folder {name} cannot be read ({error.strerror}): check its permissions."
+            ) from None
         if not inside:
             raise WorkbenchError(
                 f"The folder {name} holds no {', '.join(SUFFIXES)} files: name files, or another folder."

@@ -13,6 +13,7 @@ from `shards` and `pipeline`, in batches.
 
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def read_table(folder: str | Path, *, findings: Sequence[str] = FINDINGS) -> pd.
     path = _find_table(Path(folder))
     try:
         raw = pd.read_csv(path, usecols=lambda name: name in COLUMNS, dtype=str, keep_default_na=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise WorkbenchError(f"`{path}` cannot be read ({error}): put NIH's table there again.") from None
     absent = [name for name in COLUMNS if name not in raw.columns]
     if absent:
@@ -160,7 +161,7 @@ def read_boxes(folder: str | Path) -> pd.DataFrame:
     """
     path = Path(folder) / "BBox_List_2017.csv"
     names = ["image", "finding", "x", "y", "width", "height"]
-    if not path.exists():
+    if not path.is_file():
         return pd.DataFrame({name: pd.Series(dtype=str if name in names[:2] else float) for name in names})
     # By position: the header spreads `Bbox [x,y,w,h]` over four columns and adds three empty ones.
     try:
@@ -242,7 +243,7 @@ def split_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _find_table(folder: Path) -> Path:
     for name in TABLES:
-        if (folder / name).exists():
+        if (folder / name).is_file():
             return folder / name
     raise WorkbenchError(
         f"`{folder}` holds no {TABLES[0]} (nor {TABLES[2]}): put NIH's table there, from {DOWNLOAD}, "
@@ -294,8 +295,8 @@ def _read_ages(raw: pd.DataFrame, path: Path) -> pd.Series:
 def _split_official(table: pd.DataFrame, folder: Path, validation_fraction: float, seed: int) -> pd.Series:
     train_val, test = folder / "train_val_list.txt", folder / "test_list.txt"
     sides = pd.Series(None, index=table.index, dtype=object)
-    sides[table["image"].isin(_read_list(train_val))] = "train"
-    in_test = table["image"].isin(_read_list(test))
+    sides[table["image"].isin(read_list(train_val))] = "train"
+    in_test = table["image"].isin(read_list(test))
     _check_overlap(table, sides.notna() & in_test, train_val, test)
     sides[in_test] = "test"
     if sides.isna().any():
@@ -330,7 +331,7 @@ def _split_lists(table: pd.DataFrame, lists: dict[str, str | Path | None]) -> pd
         raise WorkbenchError(f'split="lists" needs {_quote(absent)}: a text file of image names each.')
     sides = pd.Series(None, index=table.index, dtype=object)
     for side, path in lists.items():
-        names = _read_list(Path(path))
+        names = read_list(Path(path))
         unknown = names[~names.isin(table["image"])]
         if len(unknown):
             raise WorkbenchError(
@@ -343,8 +344,8 @@ def _split_lists(table: pd.DataFrame, lists: dict[str, str | Path | None]) -> pd
     return sides
 
 
-def _read_list(path: Path) -> pd.Series:
-    """The first word of each line: published lists put labels behind the name."""
+def read_list(path: Path) -> pd.Series:
+    """Read image names, the first word of each line: published lists put labels behind the name."""
     if not path.is_file():
         raise WorkbenchError(f"`{path}` is no file: expected a text file with an image name on each line.")
     lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -379,7 +380,8 @@ def _check_patients(frame: pd.DataFrame) -> None:
         )
 
 
-def _add_paths(frame: pd.DataFrame, folder: Path, images_folder: str | Path | None, missing: str) -> pd.DataFrame:
+def find_images(folder: Path, images_folder: str | Path | None = None) -> tuple[list[Path], dict[str, str]]:
+    """The folders where images are looked for, and in them the path of each image by its name without suffix."""
     folders = [folder / "images", *sorted(folder.glob("images_*/images"))]
     if images_folder:
         folders = [Path(images_folder)]
@@ -388,6 +390,11 @@ def _add_paths(frame: pd.DataFrame, folder: Path, images_folder: str | Path | No
         # A PNG beside a JPEG of the same name is the original.
         if stem not in files or path.endswith(".png"):
             files[stem] = path
+    return folders, files
+
+
+def _add_paths(frame: pd.DataFrame, folder: Path, images_folder: str | Path | None, missing: str) -> pd.DataFrame:
+    folders, files = find_images(folder, images_folder)
     paths = frame["image"].str.rsplit(".", n=1).str[0].map(files)
     gone = paths.isna()
     if gone.any() and (missing == "error" or gone.all()):

@@ -15,10 +15,21 @@ import numpy as np
 
 from workbench import WorkbenchError
 
+MOST_PIXELS = 90_000_000  # five times what a large detector gives
+
 
 def is_dicom(encoded: bytes) -> bool:
     """Whether bytes are a DICOM file: 128 bytes of anything, then DICM."""
     return encoded[128:132] == b"DICM"
+
+
+def check_pixels(pixels: int, path: str | Path) -> None:
+    """Refuse an image that claims absurdly many pixels, before memory is taken for them."""
+    if pixels > MOST_PIXELS:
+        raise WorkbenchError(
+            f"`{path}` claims {pixels:,} pixels, more than the {MOST_PIXELS:,} a radiograph may have: give it in a "
+            "smaller size, or remove it."
+        )
 
 
 def decode_dicom(encoded: bytes, path: str | Path) -> np.ndarray:
@@ -48,6 +59,9 @@ def decode_dicom(encoded: bytes, path: str | Path) -> np.ndarray:
             raise WorkbenchError(
                 f"`{path}` is a DICOM file of {dataset.NumberOfFrames} frames: expected one radiograph."
             )
+        # Asked before anything is decoded: a compressed file of a few bytes can claim any size.
+        height, width = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+        check_pixels(height * width, path)
         stored = dataset.pixel_array
         values = apply_voi_lut(apply_modality_lut(stored, dataset), dataset).astype(np.float64)
     except WorkbenchError:

@@ -125,7 +125,9 @@ def build_training(
     pieces = plan_epoch(counts, batch_size=batch_size, seed=seed, epoch=epoch, rank=rank, size=size)
     steps = steps_per_epoch(sum(counts), batch_size=batch_size, size=size)
     margin = info["image_size"] - image_size
-    draws = tf.constant(draw_augmentation(sum(counts), margin=margin, seed=seed, epoch=epoch))
+    # A row of draws for every row of images.csv, also for those that are left out of this run as damaged.
+    drawn = info["splits"]["train"].get("rows", sum(counts))
+    draws = tf.constant(draw_augmentation(drawn, margin=margin, seed=seed, epoch=epoch))
 
     def prepare(records):
         images, labels, rows = _parse(records, info)

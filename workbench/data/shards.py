@@ -11,18 +11,13 @@ findings stand in it in the order of the labels. Batches are made of shards by `
     images, rows = shards.read_examples("data/shards/nih-256", "test", 8)
 """
 
-import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
-import struct
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pandas as pd
@@ -30,9 +25,13 @@ from tqdm import tqdm
 
 from workbench import WorkbenchError
 from workbench.data.chestxray14 import SPLITS, findings_of
+from workbench.data.processes import in_order
 from workbench.data.radiographs import ENCODINGS, decode_radiograph, encode_radiographs
+from workbench.data.records import NOT_OURS, count_records, import_tensorflow, parse_record, read_records, walk_records
 
 FORMAT = 1
+MOST_IMAGES = 1_000_000  # of a shard, so that nobody counts for ever what a changed info.json claims
+MOST_TOLD = 5  # groups of damaged records that are told of one shard
 IMAGES_PER_PROCESS = 1000  # fewer are done sooner than another process is started
 
 
@@ -93,9 +92,9 @@ def write_shards(
     plan = _fingerprint(settings, table, paths)
     if (folder / "info.json").exists():
         return _return_same(folder, plan)
-    _claim_folder(folder, plan)
+    todo = [shard for shard in shards if count_records(folder / shard[0]) != shard[2] - shard[1]]
+    _claim_folder(folder, plan, _pixels_of(settings, table, paths, shards), [name for name, *_ in todo])
 
-    todo = [shard for shard in shards if _count_records(folder / shard[0]) != shard[2] - shard[1]]
     labels = table[findings].to_numpy(np.uint8)
     jobs = [(paths[start:stop], image_size, encoding) for _, start, stop in todo]
     with tqdm(total=len(table), unit=" images", disable=not progress, mininterval=5, file=sys.stdout) as bar:
@@ -120,7 +119,7 @@ def write_shards(
 def read_info(folder: str | Path, *, findings: Sequence[str] | None = None) -> dict:
     """Read and check `info.json`; with `findings`, that these are the labels, in this order."""
     path = Path(folder) / "info.json"
-    if not path.exists():
+    if not path.is_file():
         unfinished = (Path(folder) / "plan.json").exists()
         raise WorkbenchError(
             f"`{folder}` holds no whole set of shards (no info.json"
@@ -129,14 +128,18 @@ def read_info(folder: str | Path, *, findings: Sequence[str] | None = None) -> d
         )
     try:
         info = json.loads(path.read_text())
-        missing = {"format", "findings", "image_size", "encoding", "splits"} - set(info)
-    except (ValueError, TypeError) as error:
+        if not isinstance(info, dict):
+            raise ValueError(f"it holds a {type(info).__name__}")
+    except (ValueError, OSError, RecursionError) as error:
         raise WorkbenchError(f"`{path}` cannot be read ({error}): write the shards again.") from None
+    missing = {"format", "findings", "image_size", "encoding", "splits"} - info.keys()
     if missing or info["format"] != FORMAT:
         raise WorkbenchError(
             f"`{path}` is not of format {FORMAT} (format {info.get('format')}, missing {sorted(missing)}): "
             "write the shards again."
         )
+    if wrong := _wrong_entry(info):
+        raise WorkbenchError(f"`{path}` holds no {wrong}: it was changed by hand, write the shards again.")
     if findings is not None and list(findings) != info["findings"]:
         raise WorkbenchError(
             f"`{path}` has the findings {', '.join(info['findings'])}, but asked for were "
@@ -146,41 +149,97 @@ def read_info(folder: str | Path, *, findings: Sequence[str] | None = None) -> d
 
 
 def read_images(folder: str | Path) -> pd.DataFrame:
-    """Read `images.csv`: row, image, patient, …, split, shard, then the findings; in the records' order."""
-    labels = dict.fromkeys(read_info(folder)["findings"], np.uint8)
-    return pd.read_csv(Path(folder) / "images.csv", dtype={"image": str, "sex": str, "view": str} | labels)
+    """Read `images.csv`: row, image, patient, …, split, shard, then the findings; in the records' order.
+
+    Raises:
+        WorkbenchError: it is missing, cannot be read, or lacks a column.
+    """
+    path, findings = Path(folder) / "images.csv", read_info(folder)["findings"]
+    if not path.is_file():
+        raise WorkbenchError(f"`{path}` is missing: write the shards again, or copy this file again.")
+    kinds = {"row": np.int64, "image": str, "sex": str, "view": str} | dict.fromkeys(findings, np.uint8)
+    try:
+        table = pd.read_csv(path, dtype=kinds)
+    except (ValueError, OSError) as error:
+        raise WorkbenchError(f"`{path}` cannot be read ({error}): write the shards again.") from None
+    absent = [name for name in ("row", "image", "patient", "split", "shard", *findings) if name not in table]
+    if absent:
+        raise WorkbenchError(f"`{path}` has no column `{absent[0]}`: write the shards again, or copy this file again.")
+    return table
 
 
 def verify_shards(folder: str | Path, *, progress: bool = False) -> pd.DataFrame:
     """Read every shard again and return one row each: split, shard, images, bytes.
 
     Raises:
-        WorkbenchError: naming the first shard whose size, hash, records or labels are not what they were.
+        WorkbenchError: naming the first file that is not what it was; `find_faults` names each.
+    """
+    for path, fault in find_faults(folder, bar=sys.stdout if progress else None):
+        raise WorkbenchError(f"`{path}` {fault}: write the shards again, or copy this file again.")
+    info = read_info(folder)
+    rows = [{"split": split} | shard for split in SPLITS for shard in info["splits"][split]["shards"]]
+    return pd.DataFrame(rows)[["split", "file", "images", "bytes"]].rename(columns={"file": "shard"})
+
+
+def find_faults(folder: str | Path, *, bar: TextIO | None = None) -> Iterator[tuple[Path, str]]:
+    """Read a whole folder of shards again and tell each file that is not what was written: its path and what is wrong.
+
+    Sizes, SHA-256, the checksums of every record, labels and rows against images.csv, files that are missing and shards
+    that nobody wrote. A progress bar is drawn on `bar`.
+
+    Raises:
+        WorkbenchError: there is no info.json, or it cannot be read.
     """
     folder, info = Path(folder), read_info(folder)
-    if not (folder / "images.csv").exists() or _sha256(folder / "images.csv") != info["table_sha256"]:
-        raise WorkbenchError(f"`{folder / 'images.csv'}` is not what was written: write the shards again.")
-    table = read_images(folder)
-    check_sizes(folder, info)
-    rows = [{"split": split} | shard for split in SPLITS for shard in info["splits"][split]["shards"]]
-    for shard in tqdm(rows, unit=" shards", disable=not progress, mininterval=5, file=sys.stdout):
-        path = folder / shard["file"]
-        if _sha256(path) != shard["sha256"]:
-            raise WorkbenchError(f"`{path}` has changed since it was written: write the shards again.")
-        expected = table[table["shard"] == shard["file"]]
-        records = _read_records(path)
-        if len(records) != shard["images"] or len(expected) != shard["images"]:
-            raise WorkbenchError(
-                f"`{path}` holds {len(records)} images, info.json says {shard['images']} and images.csv "
-                f"{len(expected)}: write the shards again."
-            )
-        truth = expected[info["findings"]].to_numpy(np.uint8)
-        for (_, labels, row), its_row, its_labels in zip(records, expected["row"], truth, strict=True):
-            if row != its_row or labels != its_labels.tobytes():
-                raise WorkbenchError(
-                    f"`{path}` holds other labels for row {row} than images.csv: write the shards again."
-                )
-    return pd.DataFrame(rows)[["split", "file", "images", "bytes"]].rename(columns={"file": "shard"})
+    shards = [shard for split in SPLITS for shard in info["splits"][split]["shards"]]
+    expected = None
+    if fault := fault_of_table(folder, info):
+        yield folder / "images.csv", fault
+    else:
+        expected = read_images(folder)
+    named = {shard["file"] for shard in shards}
+    for path in sorted(folder.glob("*.tfrecord")):
+        if path.name not in named:
+            yield path, "is not in info.json"
+    for shard in tqdm(shards, unit=" shards", disable=bar is None, mininterval=5, file=bar):
+        rows = None if expected is None else expected[expected["shard"] == shard["file"]]
+        if fault := _fault_of(folder, info, shard, rows):
+            yield folder / shard["file"], fault
+
+
+def examine_shard(
+    folder: str | Path, info: dict, shard: dict, expected: pd.DataFrame | None, *, decode: bool = True
+) -> dict[int, str]:
+    """Read every record of a shard: number from 0 -> what is wrong, for those that cannot be used.
+
+    Args:
+        folder: of the shards.
+        info: its `read_info`.
+        shard: one of its shards, as info.json describes it.
+        expected: the shard's rows of images.csv, with which rows and labels have to agree; None: not compared.
+        decode: decode every image as well.
+    """
+    wrong_ones = {}
+    rows = labels = None
+    if expected is not None and len(expected) == shard["images"]:
+        rows, labels = expected["row"].tolist(), expected[info["findings"]].to_numpy(np.uint8)
+    for number, record, wrong in walk_records(Path(folder) / shard["file"], shard["images"]):
+        parsed = None if record is None else parse_record(record)
+        if record is not None and parsed is None:
+            wrong = NOT_OURS
+        elif parsed is not None:
+            image, its_labels, row = parsed
+            if rows is not None and row != rows[number]:
+                wrong = f"holds row {row} instead of row {rows[number]} of images.csv"
+            elif len(its_labels) != len(info["findings"]):
+                wrong = f"holds {len(its_labels)} labels instead of {len(info['findings'])}"
+            elif labels is not None and its_labels != labels[number].tobytes():
+                wrong = "holds other labels than images.csv"
+            elif decode and not _decodes(image, info):
+                wrong = "holds an image that cannot be decoded"
+        if wrong:
+            wrong_ones[number] = wrong
+    return wrong_ones
 
 
 def read_examples(folder: str | Path, split: str, count: int) -> tuple[np.ndarray, pd.DataFrame]:
@@ -188,7 +247,7 @@ def read_examples(folder: str | Path, split: str, count: int) -> tuple[np.ndarra
     folder, info = Path(folder), read_info(folder)
     images, rows = [], []
     for shard in _split_of(info, split)["shards"]:
-        for encoded, _, row in _read_records(folder / shard["file"], count - len(images)):
+        for encoded, _, row in read_records(folder / shard["file"], count - len(images)):
             images.append(decode_radiograph(encoded, info["encoding"], info["image_size"]))
             rows.append(row)
         if len(images) == count:
@@ -201,20 +260,26 @@ def read_radiographs(folder: str | Path, images: Sequence[str]) -> np.ndarray:
     """Read the radiographs that are named, from any split: uint8 (n, size, size), in the order asked for.
 
     Raises:
-        WorkbenchError: an image is in none of the shards.
+        WorkbenchError: an image is in none of the shards, or damaged; damage to others does not matter.
     """
     folder, info, table = Path(folder), read_info(folder), read_images(folder).set_index("image")
     unknown = [image for image in images if image not in table.index]
     if unknown:
         raise WorkbenchError(f"`{unknown[0]}` is in none of the shards of {folder}: look in its images.csv.")
     wanted = table.loc[list(dict.fromkeys(images))]
+    files = {shard["file"]: shard for split in info["splits"].values() for shard in split["shards"]}
     pixels = {}
-    for shard, rows in wanted.groupby("shard"):
-        found = {row: encoded for encoded, _, row in _read_records(folder / shard)}
-        pixels |= {
-            name: decode_radiograph(found[row], info["encoding"], info["image_size"])
-            for name, row in rows["row"].items()
-        }
+    for file, rows in wanted.groupby("shard"):
+        # Past damaged records, which need not be those that are wanted.
+        walked = walk_records(folder / file, files[file]["images"]) if file in files else ()
+        parsed = (parse_record(record) for _, record, _ in walked if record is not None)
+        found = {one[2]: one[0] for one in parsed if one}
+        for name, row in rows["row"].items():
+            if row not in found:
+                raise WorkbenchError(
+                    f"`{name}` is damaged in `{folder / file}`: copy that file again, or write the shards again."
+                )
+            pixels[name] = decode_radiograph(found[row], info["encoding"], info["image_size"])
     shape = (len(images), info["image_size"], info["image_size"])
     return np.array([pixels[image] for image in images], np.uint8).reshape(shape)
 
@@ -279,20 +344,44 @@ def _return_same(folder: Path, plan: str) -> dict:
     return info
 
 
-def _claim_folder(folder: Path, plan: str) -> None:
-    """Mark the folder as ours while unfinished, or take up what the same plan left there."""
+def _pixels_of(settings: dict, table: pd.DataFrame, paths: list[str], shards: list[tuple[str, int, int]]) -> dict:
+    """Of each shard a hash of what decides its bytes: settings, its rows, and the sizes of up to four of its images."""
+    hashes = {}
+    for name, start, stop in shards:
+        some = paths[start : stop : -(-(stop - start) // 4)]
+        sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in some]
+        source = sorted({os.path.basename(os.path.dirname(path)) for path in paths[start:stop]})
+        digest = hashlib.sha256(json.dumps([settings, source, sizes]).encode())
+        digest.update(table.iloc[start:stop].to_csv(index=False).encode())
+        hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def _claim_folder(folder: Path, plan: str, pixels: dict, todo: list[str]) -> None:
+    """Mark the folder as ours while unfinished, or take up what the same plan left there.
+
+    An image that stopped the writing may have been mended since: what the finished shards were made of has to be the
+    same, not what the others will be made of.
+    """
     marker = folder / "plan.json"
-    if marker.exists():
-        if json.loads(marker.read_text()).get("plan_sha256") != plan:
+    if marker.is_file():
+        try:
+            left = json.loads(marker.read_text())
+            former, finished = left.get("pixels", {}), pixels.keys() - set(todo)
+            same = left.get("plan_sha256") == plan or (
+                former.keys() == pixels.keys() and all(former[name] == pixels[name] for name in finished)
+            )
+        except (ValueError, AttributeError, TypeError):
+            same = False
+        if not same:
             raise WorkbenchError(
                 f"`{folder}` holds the unfinished shards of other images, labels or settings: finish those, "
                 "choose another folder, or remove this one."
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         raise WorkbenchError(f"`{folder}` holds something else than shards: choose a new or an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(marker, json.dumps({"plan_sha256": plan}).encode())
+    _write_whole(marker, json.dumps({"plan_sha256": plan, "pixels": pixels}).encode())
 
 
 def _encode_shards(jobs: list[tuple[list[str], int, str]], processes: int | None) -> Iterator[list[bytes]]:
@@ -300,33 +389,11 @@ def _encode_shards(jobs: list[tuple[list[str], int, str]], processes: int | None
     if not processes:
         images = sum(len(paths) for paths, _, _ in jobs)
         processes = min(len(os.sched_getaffinity(0)), images // IMAGES_PER_PROCESS)
-    processes = min(processes, len(jobs))
-    if processes <= 1:
-        yield from (encode_radiographs(*job) for job in jobs)
-        return
-    # Spawned, not forked: a fork of a process that runs TensorFlow's threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        pending: deque = deque()
-        waiting = iter(jobs)
-        try:
-            while True:
-                while len(pending) < 2 * processes and (job := next(waiting, None)):
-                    pending.append(pool.submit(encode_radiographs, *job))
-                if not pending:
-                    return
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise WorkbenchError(
-                "a process that decodes images was killed, perhaps for lack of memory: use fewer processes, "
-                "and call again; finished shards are kept."
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    yield from in_order(encode_radiographs, jobs, count=min(processes, len(jobs)))
 
 
 def _write_shard(path: Path, images: list[bytes], labels: np.ndarray, rows: range) -> None:
-    tf = _import_tensorflow()
+    tf = import_tensorflow()
     part = path.with_name(path.name + ".part")
     with tf.io.TFRecordWriter(str(part)) as writer:
         for image, label, row in zip(images, labels, rows, strict=True):
@@ -341,35 +408,6 @@ def _write_shard(path: Path, images: list[bytes], labels: np.ndarray, rows: rang
     os.replace(part, path)
 
 
-def _read_records(path: Path, count: int = -1) -> list[tuple[bytes, bytes, int]]:
-    """Image, labels and row of the first `count` records, by default of all."""
-    tf = _import_tensorflow()
-    records = []
-    try:
-        for record in tf.data.TFRecordDataset(str(path)).take(count).as_numpy_iterator():
-            feature = tf.train.Example.FromString(record).features.feature
-            image, labels = (feature[name].bytes_list.value[0] for name in ("image", "labels"))
-            records.append((image, labels, feature["row"].int64_list.value[0]))
-    except tf.errors.OpError as error:
-        raise WorkbenchError(f"`{path}` cannot be read ({error.message}): write the shards again.") from None
-    return records
-
-
-def _count_records(path: Path) -> int:
-    """Count the records by their lengths alone; -1 if the file is missing or cut short."""
-    if not path.exists():
-        return -1
-    count, position, size = 0, 0, path.stat().st_size
-    with path.open("rb") as file:
-        while position < size:
-            file.seek(position)
-            header = file.read(8)
-            # A record: its length (8 bytes), a checksum (4), the data, a checksum (4).
-            position += 16 + struct.unpack("<Q", header)[0] if len(header) == 8 else size
-            count += 1
-    return count if position == size else -1
-
-
 def _describe_split(folder: Path, table: pd.DataFrame, split: str) -> dict:
     part = table[table["split"] == split]
     shards = []
@@ -377,6 +415,101 @@ def _describe_split(folder: Path, table: pd.DataFrame, split: str) -> dict:
         path = folder / name
         shards.append({"file": name, "images": int(images), "bytes": path.stat().st_size, "sha256": _sha256(path)})
     return {"images": len(part), "patients": int(part["patient"].nunique()), "shards": shards}
+
+
+def _wrong_entry(info: dict) -> str:
+    """What of an info.json is not what `write_shards` writes, in words; empty if all is."""
+
+    def is_shard(shard) -> bool:
+        # A file's name alone: nothing outside of the folder is ever read.
+        return (
+            isinstance(shard, dict)
+            and isinstance(shard.get("file"), str)
+            and shard["file"].endswith(".tfrecord")
+            and os.path.basename(shard["file"]) == shard["file"]
+            and all(type(shard.get(name)) is int and shard[name] >= 0 for name in ("images", "bytes"))
+            and shard["images"] <= MOST_IMAGES
+            and isinstance(shard.get("sha256"), str)
+        )
+
+    def is_split(told) -> bool:
+        return (
+            isinstance(told, dict)
+            and type(told.get("images")) is int
+            and isinstance(told.get("shards"), list)
+            and all(map(is_shard, told["shards"]))
+        )
+
+    findings, size, splits = info["findings"], info["image_size"], info["splits"]
+    if not (isinstance(findings, list) and findings and all(isinstance(name, str) for name in findings)):
+        return "list of findings"
+    if len(set(findings)) < len(findings):
+        return "findings that differ"
+    if type(size) is not int or not 0 < size <= 2**14:
+        return f"image size but {str(size)[:40]}"
+    if info["encoding"] not in ENCODINGS:
+        return f"known encoding but {str(info['encoding'])[:40]}"
+    if not (isinstance(splits, dict) and splits.keys() == set(SPLITS) and all(map(is_split, splits.values()))):
+        return f"list of shards for each of {', '.join(SPLITS)}"
+    return "" if isinstance(info.get("split", {}), dict) else "description of the split"
+
+
+def _fault_of(folder: Path, info: dict, shard: dict, expected: pd.DataFrame | None) -> str:
+    """What is wrong with a shard, in words; empty if it is as it was written."""
+    path = folder / shard["file"]
+    said = differs(path, shard["sha256"])
+    if not path.is_file():
+        return said
+    if (size := path.stat().st_size) != shard["bytes"]:
+        said = f"has {size:,} bytes instead of {shard['bytes']:,}"
+    wrong_ones = examine_shard(folder, info, shard, expected, decode=bool(said))
+    if not said and {held := count_records(path)} != {shard["images"], held if expected is None else len(expected)}:
+        in_table = "" if expected is None else f" and images.csv {len(expected)}"
+        said = f"holds {held} images, info.json says {shard['images']}{in_table}"
+    if not wrong_ones:
+        return said
+    names = None if expected is None or len(expected) != shard["images"] else expected["image"].tolist()
+    return f"{said}{'; ' if said else ''}{describe_records(wrong_ones, shard['images'], names)}"
+
+
+def describe_records(wrong_ones: dict[int, str], images: int, names: Sequence[str] | None = None) -> str:
+    """Damaged records of a shard in words: "record 3 of 256 (00000013_000.png) fails its checksum". Counted from 1."""
+    groups: list[list] = []
+    for number, wrong in sorted(wrong_ones.items()):
+        if groups and groups[-1][1] == number and groups[-1][2] == wrong:
+            groups[-1][1] = number + 1
+        else:
+            groups.append([number, number + 1, wrong])
+    said = []
+    for start, stop, wrong in groups[:MOST_TOLD]:
+        if stop == start + 1:
+            said.append(f"record {stop} of {images}{f' ({names[start]})' if names else ''} {wrong}")
+        else:
+            said.append(f"each of the records {start + 1} to {stop} of {images} {wrong}")
+    rest = sum(stop - start for start, stop, _ in groups[MOST_TOLD:])
+    return "; ".join([*said, f"and {rest} more"] if rest else said)
+
+
+def fault_of_table(folder: str | Path, info: dict) -> str:
+    """What is wrong with images.csv, in words; empty if it is as it was written."""
+    return differs(Path(folder) / "images.csv", info.get("table_sha256"))
+
+
+def differs(path: Path, sha256: str | None) -> str:
+    """In what way a file is not what was written, in words; empty if it is."""
+    try:
+        if not path.is_file():  # a FIFO would be waited for
+            return "is no file" if path.exists() else "is missing"
+        return "" if _sha256(path) == sha256 else "has changed since it was written"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _decodes(image: bytes, info: dict) -> bool:
+    try:
+        return decode_radiograph(image, info["encoding"], info["image_size"]).shape == (info["image_size"],) * 2
+    except Exception:  # Pillow raises many kinds
+        return False
 
 
 def _split_of(info: dict, split: str) -> dict:
@@ -394,14 +527,3 @@ def _write_whole(path: Path, content: bytes) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _import_tensorflow():
-    # Here, not at the top: planning and describing shards has to work in a kernel without TensorFlow.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tensorflow as tf
-
-    # A notebook that looks at shards must not take the GPU's memory from the workers that train.
-    with contextlib.suppress(RuntimeError):
-        tf.config.set_visible_devices([], "GPU")
-    return tf

@@ -21,12 +21,13 @@ import tensorflow as tf
 
 from workbench import WorkbenchError
 from workbench.data import pipeline, shards
-from workbench.training import distributed, network, trainer
+from workbench.training import distributed, network, skipping, trainer
 from workbench.training.config import TrainConfig
 
 KINDS = ("flip", "ten-crop")
 
 
+@skipping.damaged_records
 def predict_augmented(config: TrainConfig, run_folder: str | os.PathLike, split: str, kind: str) -> dict:
     """Predict a split with the mean score over the views, and write `predictions-<split>-<kind>.csv`.
 

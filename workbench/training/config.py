@@ -27,6 +27,7 @@ PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 SCALINGS = ("none", "linear", "sqrt")
 COMPRESSIONS = ("none", "fp16")
 CRITERIA = ("auroc", "loss")
+POLICIES = ("raise", "skip")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class TrainConfig:
         augment: flip, shift and contrast changes on training images.
         seed: of initial weights, data order and augmentation.
         threads: TensorFlow threads of each worker; 0: the cores the worker was given.
+        damaged_records: "raise" stops at a record of the shards that fails its checksum and names it; "skip" checks all
+            shards first, goes on without such records and lists them in the run's `skipped.csv`.
+        damaged_limit: the most records that may be skipped.
     """
 
     shard_folder: str
@@ -74,6 +78,8 @@ class TrainConfig:
     augment: bool = True
     seed: int = 0
     threads: int = 0
+    damaged_records: str = "raise"
+    damaged_limit: int = 10
 
     def __post_init__(self):
         _require(self.network in NETWORKS, "network", self.network, f"one of {', '.join(NETWORKS)}")
@@ -81,10 +87,13 @@ class TrainConfig:
         _require(self.scaling in SCALINGS, "scaling", self.scaling, f"one of {', '.join(SCALINGS)}")
         _require(self.compression in COMPRESSIONS, "compression", self.compression, f"one of {', '.join(COMPRESSIONS)}")
         _require(self.best_by in CRITERIA, "best_by", self.best_by, f"one of {', '.join(CRITERIA)}")
+        _require(
+            self.damaged_records in POLICIES, "damaged_records", self.damaged_records, f"one of {', '.join(POLICIES)}"
+        )
         for name in ("image_size", "batch_size", "epochs"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value > 0, name, value, "a whole number above 0")
-        for name in ("plateau_patience", "early_stop_patience", "threads", "seed"):
+        for name in ("plateau_patience", "early_stop_patience", "threads", "seed", "damaged_limit"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 0, name, value, "a whole number, 0 or more")
         rate = self.learning_rate

@@ -26,10 +26,10 @@ import tensorflow as tf
 from sklearn.metrics import roc_auc_score
 
 from workbench import WorkbenchError
-from workbench.data import pipeline, shards
+from workbench.data import damage, pipeline, shards
 from workbench.files import held, remove_parts, written_whole
 from workbench.runs import TRAINING_LOCK, now, update_run
-from workbench.training import checkpoint, distributed, fast, network
+from workbench.training import checkpoint, distributed, fast, network, skipping
 from workbench.training.config import TrainConfig, better, decay_after
 from workbench.training.pulse import PATIENCE, beat, exchange
 
@@ -72,6 +72,7 @@ def train(
         return _train(config, folder, world, report if report and world.rank == 0 else lambda progress: None, resume)
 
 
+@skipping.damaged_records
 def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Report, resume: bool) -> dict:
     beat("reading what the shards hold")
     info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
@@ -79,6 +80,8 @@ def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Re
     _check_validation(config, info)
     # Asked before anything is built: the error about too few images should come at once.
     steps = pipeline.steps_per_epoch(train_images, batch_size=config.batch_size, size=world.size)
+    if world.rank == 0:
+        skipping.record_skipped(info, folder)
     tell({"phase": "building the network"})
     # Weights may have to be fetched from far away.
     beat("building the network", patience=PATIENCE if config.weights == "imagenet" else 1)
@@ -88,6 +91,7 @@ def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Re
         "findings": info["findings"],
         "workers": world.size,
         "shards": info.get("plan_sha256", "")[:12],
+        **skipping.describe_skipped(info),
     }
     if resume:
         beat("reading the checkpoint")
@@ -176,6 +180,7 @@ def _write_model(folder: Path, model: keras.Model, info: dict) -> None:
         )
 
 
+@skipping.damaged_records
 def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3) -> dict:
     """Time training steps on the real shards, input included, without keeping anything.
 
@@ -263,7 +268,7 @@ def predict(
     )
     findings = len(shards.read_info(config.shard_folder)["findings"])
     labels, scores, rows = [np.zeros((0, findings), np.float32)], [np.zeros((0, findings), np.float32)], []
-    for number, (radiographs, truth, where) in enumerate(_whole(batches, config.shard_folder), 1):
+    for number, (radiographs, truth, where) in enumerate(damage.each_batch(batches, config.shard_folder, split), 1):
         beat(f"predicting {split}, batch {number}")
         scores.append(predict_step(radiographs).numpy())
         labels.append(truth.numpy())
@@ -343,7 +348,7 @@ def _build(config: TrainConfig, findings: int, world: distributed.World):
 
 def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell) -> dict:
     """One epoch over this rank's slice; returns the history row without its validation columns."""
-    batches = _whole(_training_batches(config, epoch, world), config.shard_folder)
+    batches = damage.each_batch(_training_batches(config, epoch, world), config.shard_folder, "train")
     # Horovod: the rate may grow with the number of workers, since the global batch does.
     rate = config.base_rate(world.size) * decay
     began = told = time.perf_counter()
@@ -404,21 +409,10 @@ def _training_batches(config: TrainConfig, epoch: int, world: distributed.World)
     )
 
 
-def _whole(batches: tf.data.Dataset, folder: str):
-    """The batches one by one; a record that fails its checksum becomes a sentence."""
-    try:
-        yield from batches
-    except tf.errors.DataLossError as error:
-        raise WorkbenchError(
-            f"A shard in {folder} is damaged ({error.message.split(' [')[0]}): notebook 02 finds out which; delete the "
-            "folder and write the shards again."
-        ) from None
-
-
 def _endless(config: TrainConfig, world: distributed.World):
     epoch = 0
     while True:
-        yield from _training_batches(config, epoch, world)
+        yield from damage.each_batch(_training_batches(config, epoch, world), config.shard_folder, "train")
         epoch += 1
 
 
