@@ -159,7 +159,7 @@ def test_a_broken_run_is_shown_and_hides_no_other(tmp_path, monkeypatch, capsys,
         (folder / "metrics.json").write_text(metrics)
     (tmp_path / "results" / "no-run").mkdir()
     (tmp_path / "results" / "a-file.json").touch()
-    assert runs.list_runs(tmp_path).set_index("run")["status"].to_dict() == {"whole": "running", "bad": status}
+    assert runs.list_runs(tmp_path).set_index("run")["status"].to_dict() == {"whole": "broken off", "bad": status}
     monkeypatch.setenv("WORKBENCH_ROOT", str(tmp_path))
     for more in ([], ["--html"]):
         assert cli.main(["runs", *more]) == 0
@@ -189,7 +189,7 @@ def test_what_another_user_keeps_closed_is_shown_or_passed_over(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     (tmp_path / "results" / "closed-folder").chmod(0o755)
     assert done.stderr == ""
-    assert json.loads(done.stdout) == {"whole": "running", "closed-file": "unreadable"}
+    assert json.loads(done.stdout) == {"whole": "broken off", "closed-file": "unreadable"}
 
 
 def test_find_passes_over_broken_records(tmp_path):

@@ -87,8 +87,9 @@ def _runs(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from workbench import files, runs
+    from workbench import runs
     from workbench.analysis import comparison, evaluation, plots
+    from workbench.files import written_whole
 
     root, sides = runs.project_root(), []
     for named in (options.first, options.second):
@@ -106,7 +107,7 @@ def _compare(options: argparse.Namespace) -> None:
     name = f"compare-{options.first}"
     axes = plots.plot_comparison(table, first=options.first, second=options.second)
     runs.save_figure(axes, files[-1], name)
-    with files.written_whole(files[-1] / "figures" / f"{name}.csv") as part:
+    with written_whole(files[-1] / "figures" / f"{name}.csv") as part:
         table.to_csv(part)
     print(files[-1] / "figures" / f"{name}.png")
 
@@ -117,8 +118,9 @@ NOTICE = "Research software, not a medical device: not for diagnosis."
 def _predict(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from workbench import files, runs
+    from workbench import runs
     from workbench.analysis import predictions
+    from workbench.files import written_whole
 
     folder = runs.find_run(runs.project_root(), options.run, having="model.keras")
     files = predictions.find_files(options.files)
@@ -137,7 +139,7 @@ def _predict(options: argparse.Namespace) -> int:
         print(predictions.format_judgement(rows.sort_values("probability", ascending=False)))
     print(f"\n{predictions.describe_judgement(table)} {NOTICE}")
     if options.csv:
-        with files.written_whole(options.csv) as part:
+        with written_whole(options.csv) as part:
             table.to_csv(part, index=False)
         print(options.csv)
     if options.heat_maps and len(answer["scores"]):

@@ -110,7 +110,7 @@ def create_run(
 
 
 def _free_names(name: str, label: str) -> Iterator[str]:
-    """The name that is asked for, or else a label and the local time, with a number where several start in one second."""
+    """The name that is asked for, or else label and local time, with a number where several start in one second."""
     if name:
         yield name
         return
