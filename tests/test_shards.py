@@ -143,7 +143,7 @@ def test_interrupted_writing_is_taken_up(frame, written, tmp_path, monkeypatch):
 
     def interrupt(path, *args):
         if len(done) == 2:
-            path.with_name(path.name + ".part").write_bytes(b"half")
+            path.with_name(f".{path.stem}.1.part{path.suffix}").write_bytes(b"half")
             raise KeyboardInterrupt
         done.append(path.name)
         real(path, *args)
@@ -153,7 +153,7 @@ def test_interrupted_writing_is_taken_up(frame, written, tmp_path, monkeypatch):
         write(frame, folder)
     monkeypatch.setattr(shards, "_write_shard", real)
     before = identities(folder)
-    assert sorted(before) == sorted(done)
+    assert sorted(name for name in before if name[0] != ".") == sorted(done)
     with pytest.raises(WorkbenchError, match=r"no whole set of shards .*interrupted"):
         shards.read_info(folder)
     with pytest.raises(WorkbenchError, match="unfinished shards of other"):
@@ -440,3 +440,42 @@ def test_a_table_that_is_none_is_refused_by_name(copy):
     (copy / "images.csv").unlink()
     with pytest.raises(WorkbenchError, match=r"images.csv` is missing"):
         shards.read_images(copy)
+
+
+def test_two_who_want_the_same_shards_at_the_same_time_write_them_once(dataset, tmp_path):
+    script = (
+        "import sys\n"
+        "from workbench.data import chestxray14, shards\n"
+        "frame = chestxray14.read_dataset(sys.argv[1])\n"
+        "print('ready', flush=True)\n"
+        "input()\n"
+        "print(shards.write_shards(frame, sys.argv[2], image_size=36, processes=1, progress=False)['table_sha256'])\n"
+    )
+    command, streams = [sys.executable, "-c", script, dataset, tmp_path / "set"], {"text": True}
+    streams |= dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    both = [subprocess.Popen(command, **streams) for _ in range(2)]
+    assert [one.stdout.readline() for one in both] == ["ready\n"] * 2
+    for one in both:
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    told = [one.communicate(timeout=60) for one in both]
+    assert [one.returncode for one in both] == [0, 0], told
+    hashes = [out.splitlines()[-1] for out, _ in told]
+    assert hashes[0] == hashes[1]
+    assert sum("is being written by process" in out for out, _ in told) == 1
+    shards.verify_shards(tmp_path / "set")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_told_and_what_is_finished_is_kept(frame, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", disk], check=True)
+    try:
+        with pytest.raises(WorkbenchError, match=r"cannot be written \(.*No space left on device"):
+            write(frame, disk / "set")
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        write(frame, disk / "set")
+        shards.verify_shards(disk / "set")
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)

@@ -150,4 +150,4 @@ def test_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "draw_radiograph", break_off)
     with pytest.raises(KeyboardInterrupt):
         write_small(tmp_path / "set")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".set.lock"]

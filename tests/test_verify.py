@@ -87,7 +87,7 @@ def test_labels_that_differ_from_the_table_are_found_though_every_hash_is_right(
 
 
 def test_half_written_shards_leftovers_and_a_broken_info(stored):
-    (stored / "train-00000-of-00009.tfrecord.part").touch()
+    (stored / ".train-00000-of-00009.1.part.tfrecord").touch()
     [line, summary] = lines_of(stored)
     assert line.startswith("remark: ")
     assert "can be removed" in line

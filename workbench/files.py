@@ -82,20 +82,39 @@ def held(path: str | os.PathLike, what: str, *, wait: float = 0.0) -> Iterator[N
     Args:
         path: the lock file, made if it is not there; it says who holds it, and stays.
         what: what is locked, as the error calls it.
-        wait: seconds to wait for another holder to go.
+        wait: seconds to wait for another holder to go; a long wait is announced.
 
     Raises:
-        WorkbenchError: another process holds it, which is named.
+        WorkbenchError: another process holds it, which is named, or the file cannot be made.
     """
-    with _opened(path) as handle:
-        deadline = time.monotonic() + wait
+    with _opened(path, what) as handle:
+        deadline, announced = time.monotonic() + wait, wait < 60
         while not _lock(handle):
+            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
             if time.monotonic() > deadline:
-                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
                 raise WorkbenchError(f"{what} is being written by {holder}: wait until that has ended, or end it.")
+            if not announced:
+                print(f"{what} is being written by {holder}: waiting until that has ended ...", flush=True)
+                announced = True
             time.sleep(0.1)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+
+
+@contextmanager
+def made_by_one(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold a folder that is about to be made, by a lock file beside it, so that two who want the same make it once.
+
+    The second one waits, for up to an hour, and finds it made. What a killed process left half written is removed.
+    """
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkbenchError(f"{folder} cannot be made ({error.strerror}): choose another folder.") from None
+    with held(folder.with_name(f".{folder.name}.lock"), str(folder), wait=3600):
+        remove_parts(folder)
         yield
 
 
@@ -104,18 +123,20 @@ def is_held(path: str | os.PathLike) -> bool:
     if not os.path.exists(path):
         return False
     try:
-        with _opened(path) as handle:
+        with _opened(path, "") as handle:
             return not _lock(handle)
     except WorkbenchError:  # not ours to open
         return False
 
 
 @contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[int]:
+def _opened(path: str | os.PathLike, what: str) -> Iterator[int]:
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise WorkbenchError(f"{path} cannot be written ({error.strerror}): allow writing there, then go on.") from None
+        raise WorkbenchError(
+            f"{what} cannot be written ({error.strerror}, {path}): allow writing there, or choose another place."
+        ) from None
     try:
         yield handle
     finally:

@@ -11,6 +11,7 @@ findings stand in it in the order of the labels. Batches are made of shards by `
     images, rows = shards.read_examples("data/shards/nih-256", "test", 8)
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from workbench.data.chestxray14 import SPLITS, findings_of
 from workbench.data.processes import in_order
 from workbench.data.radiographs import ENCODINGS, decode_radiograph, encode_radiographs
 from workbench.data.records import NOT_OURS, count_records, import_tensorflow, parse_record, read_records, walk_records
+from workbench.files import made_by_one, written_whole
 
 FORMAT = 1
 MOST_IMAGES = 1_000_000  # of a shard, so that nobody counts for ever what a changed info.json claims
@@ -90,10 +92,25 @@ def write_shards(
         "images_per_shard": images_per_shard,
     }
     plan = _fingerprint(settings, table, paths)
-    if (folder / "info.json").exists():
-        return _return_same(folder, plan)
+    if not (folder / "info.json").exists():
+        # A second run that needs the same shards waits until they are there.
+        with made_by_one(folder):
+            if not (folder / "info.json").exists():
+                origin = {"split": split or {}, "seed": seed, "plan_sha256": plan}
+                return _write_folder(folder, (table, paths, shards), settings, origin, processes, progress)
+    return _return_same(folder, plan)
+
+
+def _write_folder(
+    folder: Path, planned: tuple, settings: dict, origin: dict, processes: int | None, progress: bool
+) -> dict:
+    """Write what `_plan_folder` planned, or what is left of it, and return the folder's info."""
+    table, paths, shards = planned
+    findings, image_size, encoding = settings["findings"], settings["image_size"], settings["encoding"]
     todo = [shard for shard in shards if count_records(folder / shard[0]) != shard[2] - shard[1]]
-    _claim_folder(folder, plan, _pixels_of(settings, table, paths, shards), [name for name, *_ in todo])
+    _claim_folder(
+        folder, origin["plan_sha256"], _pixels_of(settings, table, paths, shards), [name for name, *_ in todo]
+    )
 
     labels = table[findings].to_numpy(np.uint8)
     jobs = [(paths[start:stop], image_size, encoding) for _, start, stop in todo]
@@ -103,15 +120,13 @@ def write_shards(
             _write_shard(folder / name, images, labels[start:stop], range(start, stop))
             bar.update(stop - start)
 
-    _write_whole(folder / "images.csv", table.to_csv(index=False).encode())
+    _write_bytes(folder / "images.csv", table.to_csv(index=False).encode())
     info = settings | {
-        "split": split or {},
-        "seed": seed,
-        "plan_sha256": plan,
+        **origin,
         "table_sha256": _sha256(folder / "images.csv"),
         "splits": {name: _describe_split(folder, table, name) for name in SPLITS},
     }
-    _write_whole(folder / "info.json", json.dumps(info, indent=1, default=str).encode())
+    _write_bytes(folder / "info.json", json.dumps(info, indent=1, default=str).encode())
     (folder / "plan.json").unlink()
     return info
 
@@ -198,7 +213,7 @@ def find_faults(folder: str | Path, *, bar: TextIO | None = None) -> Iterator[tu
     else:
         expected = read_images(folder)
     named = {shard["file"] for shard in shards}
-    for path in sorted(folder.glob("*.tfrecord")):
+    for path in sorted(folder.glob("[!.]*.tfrecord")):
         if path.name not in named:
             yield path, "is not in info.json"
     for shard in tqdm(shards, unit=" shards", disable=bar is None, mininterval=5, file=bar):
@@ -381,7 +396,7 @@ def _claim_folder(folder: Path, plan: str, pixels: dict, todo: list[str]) -> Non
     elif folder.exists() and any(folder.iterdir()):
         raise WorkbenchError(f"`{folder}` holds something else than shards: choose a new or an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(marker, json.dumps({"plan_sha256": plan, "pixels": pixels}).encode())
+    _write_bytes(marker, json.dumps({"plan_sha256": plan, "pixels": pixels}).encode())
 
 
 def _encode_shards(jobs: list[tuple[list[str], int, str]], processes: int | None) -> Iterator[list[bytes]]:
@@ -394,8 +409,7 @@ def _encode_shards(jobs: list[tuple[list[str], int, str]], processes: int | None
 
 def _write_shard(path: Path, images: list[bytes], labels: np.ndarray, rows: range) -> None:
     tf = import_tensorflow()
-    part = path.with_name(path.name + ".part")
-    with tf.io.TFRecordWriter(str(part)) as writer:
+    with written_whole(path) as part, _as_os_error(tf), tf.io.TFRecordWriter(str(part)) as writer:
         for image, label, row in zip(images, labels, rows, strict=True):
             feature = {
                 "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[image])),
@@ -405,7 +419,15 @@ def _write_shard(path: Path, images: list[bytes], labels: np.ndarray, rows: rang
             example = tf.train.Example(features=tf.train.Features(feature=feature))
             # The same bytes from every version of the library, so that shards written again have the same hash.
             writer.write(example.SerializeToString(deterministic=True))
-    os.replace(part, path)
+
+
+@contextlib.contextmanager
+def _as_os_error(tf) -> Iterator[None]:
+    """TensorFlow's errors of a full disk or a closed folder as the operating system's."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise OSError(error.message) from None
 
 
 def _describe_split(folder: Path, table: pd.DataFrame, split: str) -> dict:
@@ -518,10 +540,9 @@ def _split_of(info: dict, split: str) -> dict:
     return info["splits"][split]
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+def _write_bytes(path: Path, content: bytes) -> None:
+    with written_whole(path) as part:
+        part.write_bytes(content)
 
 
 def _sha256(path: Path) -> str:

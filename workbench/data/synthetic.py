@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from workbench import WorkbenchError
+from workbench.files import made_by_one
 
 FORMAT = 1  # of what is drawn: another number is another data set
 STREAM = 5  # of the random numbers that draw the labels; with this one the default's shares come out as meant
@@ -77,17 +78,28 @@ def write_synthetic(
         )
     folder = Path(folder)
     settings = {"format": FORMAT, "patients": patients, "image_size": image_size, "seed": seed}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if _is_taken(folder):
         return _return_same(folder, settings)
-    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    try:
-        (part / "images").mkdir(parents=True)
-        _write_all(part, settings, progress)
-        os.replace(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with made_by_one(folder):
+        if _is_taken(folder):
+            return _return_same(folder, settings)
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        try:
+            (part / "images").mkdir(parents=True)
+            _write_all(part, settings, progress)
+            os.replace(part, folder)
+        except OSError as error:
+            raise WorkbenchError(
+                f"{folder} cannot be written ({error.strerror or error}): make room or choose another folder."
+            ) from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _is_taken(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def _return_same(folder: Path, settings: dict) -> Path:

@@ -76,7 +76,7 @@ def _check_shards(folder: Path, bar: TextIO | None) -> Iterator[tuple[str, str]]
         yield "bad", str(error)
         yield "checked", "no shards"
         return
-    for name in ("plan.json", *sorted(path.name for path in folder.glob("*.part"))):
+    for name in ("plan.json", *sorted(path.name for path in folder.glob(".*.part*"))):
         if (folder / name).exists():
             yield "remark", f"`{folder / name}` is left over from the writing and can be removed"
     count = sum(len(told["shards"]) for told in info["splits"].values())
