@@ -33,7 +33,7 @@ import psutil
 
 from workbench import WorkbenchError, runs
 from workbench.data import chestxray14, shards, synthetic
-from workbench.training import checkpoint, cluster
+from workbench.training import checkpoint, cluster, postmortem
 from workbench.training.config import TrainConfig
 
 EPOCHS, HANG_LIMIT, PER_TRAINING = 3, 10.0, 4
@@ -155,11 +155,8 @@ def attempt(config: TrainConfig, folder: Path, size: int, fault: Fault | None, *
 def strike_from_outside(ranks: cluster.Workers, fault: Fault, began: threading.Event, note: Path) -> None:
     family = {process.pid: process for process in ranks._cluster._gather()}
     told = {pid: " ".join(process.cmdline()) for pid, process in family.items()}
-    of_rank = {
-        int(told_rank(process)): process
-        for pid, process in family.items()
-        if told[pid].endswith("engine --mpi") and "guard" not in told[pid] and told_rank(process)
-    }
+    engines = [family[pid] for pid in told if told[pid].endswith("engine --mpi") and "guard" not in told[pid]]
+    of_rank = {postmortem.rank_of(process): process for process in engines}
     guards = [family[pid] for pid in told if "training.guard" in told[pid]]
     mpi_guard = next(guard for guard in guards if "mpiexec" in told[guard.pid])
     controller_guard = next(guard for guard in guards if "ipyparallel.controller" in told[guard.pid])
@@ -180,10 +177,6 @@ def strike_from_outside(ranks: cluster.Workers, fault: Fault, began: threading.E
     time.sleep(fault.moment)
     note.write_text(str(time.monotonic()))
     target.send_signal(number)
-
-
-def told_rank(process: psutil.Process) -> str:
-    return process.environ().get("OMPI_COMM_WORLD_RANK", "")
 
 
 def left_behind(seconds: float = 15.0) -> list[str]:
@@ -250,7 +243,7 @@ def break_once(config: TrainConfig, folder: Path, size: int, fault: Fault) -> di
 
 def draw(generator: random.Random, size: int, beats: int, kind: str) -> Fault:
     """A fault at a drawn moment."""
-    moment = generator.randint(1, max(beats, 5)) if kind in INSIDE else generator.uniform(0.0, 9.0)
+    moment = generator.randint(1, max(beats, 5)) if kind in INSIDE else generator.uniform(0.0, 7.0)
     return Fault(kind, generator.randrange(size), moment)
 
 

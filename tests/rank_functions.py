@@ -189,3 +189,13 @@ def hang_on(rank: int):
     if here.rank == rank:
         time.sleep(600)
     distributed.average({"never": 1.0})
+
+
+def take_memory(rank: int, group: str):
+    """One rank takes more memory than the control group that it enters has."""
+    here = distributed.start()
+    if here.rank == rank:
+        with open(f"{group}/cgroup.procs", "w") as file:
+            file.write(str(os.getpid()))
+        return [np.ones(1 << 20) for _ in range(1000)]
+    distributed.average({"never": 1.0})

@@ -13,10 +13,11 @@ from pathlib import Path
 import faults
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from workbench import Interrupted, WorkbenchError, files, runs
-from workbench.training import checkpoint, cluster, trainer
+from workbench.training import checkpoint, cluster, postmortem, trainer
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a small disk, or become another user")
 
@@ -37,11 +38,10 @@ def test_faults_at_drawn_moments_lose_at_most_the_epoch_in_flight(tmp_path, monk
 def test_a_rank_that_is_stopped_while_the_workers_start_is_named():
     def stop_one():
         while True:
-            for process in faults.psutil.Process().children(recursive=True):
-                with contextlib.suppress(faults.psutil.Error):
-                    if faults.told_rank(process) == "1":
-                        process.send_signal(signal.SIGSTOP)
-                        return
+            for process in psutil.Process().children(recursive=True):
+                if postmortem.rank_of(process) == 1:
+                    process.send_signal(signal.SIGSTOP)
+                    return
             time.sleep(0.02)
 
     thread = threading.Thread(target=stop_one, daemon=True)
@@ -49,6 +49,37 @@ def test_a_rank_that_is_stopped_while_the_workers_start_is_named():
     said = r"Rank 1 \(process \d+\) was stopped from outside while the workers started"
     with pytest.raises(WorkbenchError, match=said), cluster.start(2, threads=1, oversubscribe=True, hang_limit=5):
         pass
+
+
+@pytest.mark.mpi
+def test_ranks_that_do_not_come_are_named():
+    with pytest.raises(
+        WorkbenchError, match=r"did not come up within 1 s \(0 of 2 came, waited for ranks: (0, 1|none)"
+    ):
+        cluster.start(2, threads=1, oversubscribe=True, timeout=1).__enter__()
+
+
+@contextlib.contextmanager
+def little_memory(megabytes: int):
+    """A control group in which no more memory can be had, so that the kernel kills who takes more."""
+    group = Path("/sys/fs/cgroup/memory/workbench-test")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(megabytes << 20))
+    except OSError as error:
+        pytest.skip(f"memory cannot be limited here ({error})")
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+@pytest.mark.mpi
+def test_a_rank_that_the_kernel_kills_for_memory_is_told_as_such():
+    with little_memory(64) as group, cluster.start(2, threads=1, oversubscribe=True) as ranks:
+        said = r"Rank 1 on \S+ died: it was ended by signal 9 \(Killed\), because this host ran out of memory"
+        with pytest.raises(cluster.WorkerError, match=said):
+            ranks.run("rank_functions.take_memory", 1, str(group))
 
 
 @pytest.mark.mpi

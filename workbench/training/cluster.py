@@ -14,7 +14,6 @@ import collections
 import importlib
 import logging
 import os
-import re
 import shutil
 import signal
 import socket
@@ -32,7 +31,7 @@ import psutil
 from traitlets.config import Config
 
 from workbench import Interrupted, WorkbenchError
-from workbench.training import pulse
+from workbench.training import postmortem, pulse
 
 DRIVER = Path("/proc/driver/nvidia/gpus")  # where NVIDIA's driver lists its devices
 READY = "-- ready --"  # what a rank says before is ipyparallel's
@@ -216,63 +215,74 @@ class _Processes:
         self._client = None
         self._family: dict[int, psutil.Process] = {}
         self._controller: list[psutil.Process] = []
-        self._killed_for_memory = _killed_for_memory()
+        self._killed_for_memory = postmortem.killed_for_memory()
 
     def connect(self, workers: int, deadline: float, hang_limit: float) -> tuple[ipyparallel.Client, list[dict]]:
         """Start everything, wait for all ranks, and return the client and what each rank says of itself."""
         self._made.start_cluster_sync()
         self._client = client = self._made.connect_client_sync()
         stopped_since: dict[int, float] = {}
-        introduced = None
-        while introduced is None or not introduced.ready():
+        answers: dict[int, ipyparallel.AsyncResult] = {}
+        while len(answers) < workers or not all(answer.ready() for answer in answers.values()):
             now = time.monotonic()
             for process in self._gather():
-                if _status(process) != psutil.STATUS_STOPPED:
+                if not postmortem.is_stopped(process):
                     stopped_since.pop(process.pid, None)
                 elif now - stopped_since.setdefault(process.pid, now) > hang_limit:
                     raise WorkbenchError(
-                        f"{_role(process)} was stopped from outside while the workers started, and did not go on for "
-                        f"{hang_limit:g} s: everything was ended; start again."
+                        f"{postmortem.role(process)} was stopped from outside while the workers started, and did not "
+                        f"go on for {hang_limit:g} s: everything was ended; start again."
                     )
             if gone := self.gone():
                 raise ipyparallel.error.EngineError(f"the {gone} ended")
             if now > deadline:
-                raise TimeoutError
-            if introduced is None and len(client.ids) >= workers:
-                introduced = client[:].apply_async(_introduce)
+                raise TimeoutError(self._who_did_not_come(workers, answers))
+            for engine in set(client.ids) - answers.keys():
+                answers[engine] = client[engine].apply_async(_introduce)
             time.sleep(POLL)
-        told = [who | {"id": engine} for who, engine in zip(introduced.get(), client.ids, strict=True)]
+        told = [answer.get() | {"id": engine} for engine, answer in answers.items()]
         self._gather()
         controller = psutil.Process(self._made.controller.pid)
         self._controller = [controller, *controller.children(recursive=True)]
         return client, told
 
+    def _who_did_not_come(self, workers: int, answers: dict[int, ipyparallel.AsyncResult]) -> str:
+        """Which ranks of this host have not registered or not answered, as far as it is known."""
+        came = {answer.get()["rank"] for answer in answers.values() if answer.ready() and answer.successful()}
+        started = {postmortem.rank_of(process) for process in self._gather()} - {None}
+        late = ", ".join(map(str, sorted(started - came))) or "none of them was started"
+        return f"{len(came)} of {workers} came, waited for ranks: {late}"
+
     def gone(self) -> str:
         """ "workers" or "controller" when these processes have ended, else nothing."""
-        if not _alive(self._made.engine_set.pid):
+        if not postmortem.alive(self._made.engine_set.pid):
             return "workers"
-        return "" if all(_alive(process.pid) for process in self._controller) else "controller"
+        return "" if all(postmortem.alive(process.pid) for process in self._controller) else "controller"
 
     def last_words(self, rank: int | None) -> tuple[int | None, str, str]:
         """Which rank died first, how, and what it said last: (rank or None, how, words)."""
         # The engine's death is known before mpiexec has written about it.
         deadline = time.monotonic() + 10
-        while _alive(self._made.engine_set.pid) and time.monotonic() < deadline:
+        while postmortem.alive(self._made.engine_set.pid) and time.monotonic() < deadline:
             time.sleep(POLL)
-        lines = _log_lines(self._made.engine_set)
-        which, how = _read_mpiexec(lines, rank)
-        if _killed_for_memory() > self._killed_for_memory:
+        lines = postmortem.log_lines(self._made.engine_set)
+        which, how = postmortem.read_mpiexec(lines, rank)
+        if postmortem.killed_for_memory() > self._killed_for_memory:
             how += ", because this host ran out of memory (use a smaller `batch_size` or fewer `workers`)"
-        said = [text for number, text in _tagged(lines) if number == which]
+        said = [text for number, text in postmortem.tagged(lines) if number == which]
         said = said[said.index(READY) + 1 :] if READY in said else said
         return which, how, f". Its last words: {' / '.join(said[-3:])[:300]}." if said else "."
 
     def why_not(self, workers: int, timeout: float, error: Exception) -> str:
         """Why the workers did not start, as a sentence."""
         engines = self._made.engine_set
-        lines = _log_lines(engines) if engines is not None else []
-        which, how = _read_mpiexec(lines, None)
-        said = f"rank {which}: {how}" if which is not None else " ".join(text for _, text in _tagged(lines))[:400]
+        lines = postmortem.log_lines(engines) if engines is not None else []
+        which, how = postmortem.read_mpiexec(lines, None)
+        said = (
+            f"rank {which}: {how}"
+            if which is not None
+            else " ".join(text for _, text in postmortem.tagged(lines))[:400]
+        )
         said = said or " ".join(line for line in lines if not line.startswith("["))[:400]
         late = f"did not come up within {timeout:.0f} s" if isinstance(error, TimeoutError) else "did not start"
         return f"The {workers} workers {late} ({said or error}): run `workbench doctor`, or ask for fewer."
@@ -436,67 +446,6 @@ def _show_output(rank: int, text: str, *, final: bool) -> int:
     for line in whole.splitlines():
         print(f"[rank {rank}] {line}", flush=True)
     return len(whole)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _log_lines(launcher) -> list[str]:
-    """The lines of an engine set's log that are not ipyparallel's own: mpiexec's, and those of ranks with their tag."""
-    path = Path(launcher.output_file)
-    # ipyparallel removes the log of an engine set that has stopped, and keeps its text.
-    text = path.read_text(errors="replace") if path.exists() else launcher.get_output()
-    lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if set(line) - set("-=* ") and "IPEngine" not in line and "Nanny" not in line]
-
-
-def _tagged(lines: list[str]) -> list[tuple[int, str]]:
-    """(rank, text) of the lines that ranks wrote."""
-    found = [re.match(r"\[\d+,(\d+)\]<\w+>: ?(.*)", line) for line in lines]
-    return [(int(match[1]), match[2].strip()) for match in found if match and match[2].strip()]
-
-
-def _read_mpiexec(lines: list[str], rank: int | None) -> tuple[int | None, str]:
-    """What mpiexec says about the rank that ended first: (rank, how). Its own lines have no tag."""
-    said = " ".join(line for line in lines if not re.match(r"\[\d+,\d+\]<", line))
-    if match := re.search(
-        r"process rank (\d+) with PID \d+ on node \S+ exited on (signal \d+ \([^)]*\)|signal \d+)", said
-    ):
-        return int(match[1]), f"it was ended by {match[2]}"
-    if match := re.search(r"Process name: \[[^\],]*,(\d+)\].*?Exit code: +(\d+)", said):
-        return int(match[1]), f"it ended with exit status {match[2]}"
-    if match := re.search(r"process rank (\d+) with PID \d+ on node \S+ exiting improperly", said):
-        return int(match[1]), "it ended without an error in the middle of its work"
-    return rank, said[-300:] or "it left no message"
-
-
-def _killed_for_memory() -> int:
-    """How many processes this host's kernel has killed for lack of memory since it started."""
-    try:
-        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    except OSError:
-        return 0
-    return int(counters.get("oom_kill", 0))
-
-
-def _status(process: psutil.Process) -> str:
-    try:
-        return process.status()
-    except psutil.NoSuchProcess:
-        return psutil.STATUS_DEAD
-
-
-def _role(process: psutil.Process) -> str:
-    """What a process of a cluster is, for an error."""
-    try:
-        rank = process.environ().get("OMPI_COMM_WORLD_RANK")
-        return f"Rank {rank} (process {process.pid})" if rank else f"`{process.name()}` (process {process.pid})"
-    except psutil.Error:
-        return f"Process {process.pid}"
 
 
 @contextmanager
