@@ -117,10 +117,12 @@ def test_nothing_is_left_when_the_client_is_killed(tmp_path):
         "from workbench.training import cluster\n"
         "import time\n"
         "with cluster.start(2, threads=1, oversubscribe=True) as ranks:\n"
+        "    print(ranks._cluster._folder)\n"
         "    print(*[told['pid'] for told in ranks.run('rank_functions.world')], flush=True)\n"
         "    time.sleep(600)\n"
     )
     client = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    folder = client.stdout.readline().strip()
     pids = [int(pid) for pid in client.stdout.readline().split()]
     family = [process.pid for process in psutil.Process(client.pid).children(recursive=True)]
     assert set(pids) <= set(family)
@@ -131,8 +133,18 @@ def test_nothing_is_left_when_the_client_is_killed(tmp_path):
     while any(psutil.pid_exists(pid) for pid in family) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert [pid for pid in family if psutil.pid_exists(pid)] == []
+    assert not os.path.exists(folder), "its keys and logs"
 
 
 def test_the_guard_passes_on_the_exit_status():
-    command = [sys.executable, "-m", "workbench.training.guard", str(os.getpid()), sys.executable, "-c", "exit(7)"]
+    command = [
+        sys.executable,
+        "-m",
+        "workbench.training.guard",
+        str(os.getpid()),
+        "nowhere",
+        sys.executable,
+        "-c",
+        "exit(7)",
+    ]
     assert subprocess.run(command, timeout=60).returncode == 7

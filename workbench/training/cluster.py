@@ -366,7 +366,7 @@ def start(
         delay=0,
         engine_timeout=int(timeout),
         log=_quiet_log(),
-        config=_launch_config(cores, workers, threads, oversubscribe),
+        config=_launch_config(folder, cores, workers, threads, oversubscribe),
     )
     processes = _Processes(made, folder)
     try:
@@ -380,12 +380,12 @@ def start(
         processes.end()
 
 
-def _launch_config(cores: int, workers: int, threads: int, oversubscribe: bool) -> Config:
+def _launch_config(folder: str, cores: int, workers: int, threads: int, oversubscribe: bool) -> Config:
     mpiexec = Path(sys.executable).with_name("mpiexec")
     found = str(mpiexec) if mpiexec.exists() else shutil.which("mpiexec")
     if found is None:
         raise WorkbenchError("There is no `mpiexec` beside this Python nor on PATH: install the environment again.")
-    guard = [sys.executable, "-m", "workbench.training.guard", str(os.getpid())]
+    guard = [sys.executable, "-m", "workbench.training.guard", str(os.getpid()), folder]
     each = threads or max(1, cores // workers)
     config = Config()
     config.MPIEngineSetLauncher.mpi_cmd = [*guard, found]
@@ -397,7 +397,7 @@ def _launch_config(cores: int, workers: int, threads: int, oversubscribe: bool) 
         bound = ["--use-hwthread-cpus", "--map-by", f"slot:PE={each}", "--bind-to", "hwthread"]
     # Tagged, so that each line of the log tells whose it is.
     config.MPIEngineSetLauncher.mpi_args = ["--output", "tag", *bound]
-    config.MPIEngineSetLauncher.environment = ENGINE_ENVIRONMENT
+    config.MPIEngineSetLauncher.environment = ENGINE_ENVIRONMENT | {"WORKBENCH_SCRATCH": folder}
     config.LocalControllerLauncher.controller_cmd = [*guard, sys.executable, "-m", "ipyparallel.controller"]
     return config
 

@@ -4,13 +4,16 @@
 leaves no engines behind. It adopts what its command leaves behind as well: the engines of an mpiexec that was
 killed, the schedulers of a controller that was. Not for use by hand:
 
-    python -m workbench.training.guard PARENT_PID COMMAND [ARGUMENT ...]
+    python -m workbench.training.guard PARENT_PID FOLDER COMMAND [ARGUMENT ...]
+
+FOLDER is the cluster's own, with its keys and logs; it is removed when the process that should have done that is gone.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +25,7 @@ GRACE = 3.0  # seconds between asking and killing; less than the launcher's own 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl(2)
 
 
-def main(parent: int, command: list[str]) -> int:
+def main(parent: int, folder: str, command: list[str]) -> int:
     """Run `command` until it ends, this process is asked to end, or `parent` is no longer its parent."""
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -39,6 +42,8 @@ def main(parent: int, command: list[str]) -> int:
         time.sleep(0.1)
     for orphan in psutil.Process().children():
         end(orphan.pid, grace=0.0)
+    if os.getppid() != parent:
+        shutil.rmtree(folder, ignore_errors=True)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
@@ -61,4 +66,4 @@ def end(pid: int, *, grace: float = GRACE) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))

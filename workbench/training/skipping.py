@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +38,10 @@ def damaged_records(function: Callable) -> Callable:
         if config.damaged_records == "raise":
             return function(config, *arguments, **named)
         skipped = find_damaged(config, distributed.start(config.threads))
-        with tempfile.TemporaryDirectory(prefix="workbench-shards-") as room:
+        # The cluster's folder, where there is one here, is removed even if this rank is killed.
+        scratch = os.environ.get("WORKBENCH_SCRATCH", "")
+        place = scratch if os.path.isdir(scratch) else None
+        with tempfile.TemporaryDirectory(prefix="workbench-shards-", dir=place) as room:
             # The shards' own name, which sentences about them then show.
             usable = Path(room) / Path(config.shard_folder).name
             damage.write_without(config.shard_folder, skipped, usable)

@@ -132,8 +132,7 @@ def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Re
         # Horovod: all ranks hold the same, so one of them writes.
         beat(f"keeping epoch {epoch + 1}", stops=False)
         if world.rank == 0:
-            with written_whole(folder / "history.csv") as part:
-                pd.DataFrame(history).to_csv(part, index=False)
+            _write_history(folder, history)
             if row["best"]:
                 _write_model(folder, model, info)
             # Last, since it is what a resumed run begins from: what it says is complete is there.
@@ -144,8 +143,7 @@ def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Re
     model.set_weights(best_weights)
     if resume and world.rank == 0:
         # After a break these two may be of an epoch that the checkpoint does not have.
-        with written_whole(folder / "history.csv") as part:
-            pd.DataFrame(history).to_csv(part, index=False)
+        _write_history(folder, history)
         _write_model(folder, model, info)
     images = shards.read_images(config.shard_folder).set_index("row")
     for split in ("val", "test"):
@@ -171,6 +169,11 @@ def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Re
         if not record["stages"]:  # a run by hand, which nobody else will call finished
             update_run(folder, status="finished", ended=now())
     return summary
+
+
+def _write_history(folder: Path, history: list[dict]) -> None:
+    with written_whole(folder / "history.csv") as part:
+        pd.DataFrame(history).to_csv(part, index=False)
 
 
 def _write_model(folder: Path, model: keras.Model, info: dict) -> None:
