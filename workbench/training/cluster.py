@@ -45,6 +45,8 @@ ENGINE_ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     # Without this a waiting rank spins on the core that another thread computes on: 60 % of the speed.
     "OMPI_MCA_mpi_yield_when_idle": "1",
+    # The ranks of one host talk through its memory; their TCP ports would be open to the whole network.
+    "OMPI_MCA_btl": "^tcp",
     # Horovod: a rank that never comes ends the wait for it.
     "HOROVOD_STALL_CHECK_TIME_SECONDS": "60",
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "600",
@@ -398,7 +400,10 @@ def _launch_config(folder: str, cores: int, workers: int, threads: int, oversubs
     # Tagged, so that each line of the log tells whose it is.
     config.MPIEngineSetLauncher.mpi_args = ["--output", "tag", *bound]
     config.MPIEngineSetLauncher.environment = ENGINE_ENVIRONMENT | {"WORKBENCH_SCRATCH": folder}
-    config.LocalControllerLauncher.controller_cmd = [*guard, sys.executable, "-m", "ipyparallel.controller"]
+    # Other users of this host can reach loopback as well: without the key, which is in files and environments that only
+    # this user can read, nobody connects.
+    curve = "--IPController.enable_curve=True"
+    config.LocalControllerLauncher.controller_cmd = [*guard, sys.executable, "-m", "ipyparallel.controller", curve]
     return config
 
 
