@@ -2,25 +2,29 @@
 
 Twelve archives come to `images_001/images/*.png` ... `images_012/images/*.png`, several at a time. A folder
 appears when its archive is whole and its MD5 right, and what is there is not fetched again, so a download that
-was broken off goes on by calling it once more. NIH's tables have no lasting links and are not fetched; the
-last message tells which are missing.
+was broken off goes on by calling it once more. NIH's tables have no lasting links and are not fetched: the
+last messages tell which are missing, and whether those that are there fit the images.
 
     from workbench.data.download import download
     missing = download("data/nih")                  # the tables still to be fetched by hand
     download("data/nih", jobs=6, keep_archives=True)
 """
 
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
 import sys
 import tarfile
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from threading import Event
 
@@ -33,6 +37,8 @@ PAGE = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
 TABLES = ("Data_Entry_2017_v2020.csv", "train_val_list.txt", "test_list.txt", "BBox_List_2017.csv")
 CHUNK = 1 << 16  # bytes; a connection that breaks loses at most one chunk
 LONGEST_PAUSE = 60.0  # seconds between two tries
+LONGEST_WAIT = 600.0  # seconds between two tries, when the server asks for so many
+GZIP = b"\x1f\x8b"  # every gzip file begins so, and no web page does
 UNPACKED = 1.1  # bytes of images per byte of archive; PNG files hardly shrink
 
 
@@ -72,7 +78,11 @@ ARCHIVES = tuple(
 
 
 class _Again(Exception):
-    """A try that failed, where another may not."""
+    """A try that failed, where another may not, though not before `wait` seconds."""
+
+    def __init__(self, reason: str, wait: float = 0.0):
+        super().__init__(reason)
+        self.wait = wait
 
 
 class _Stopped(Exception):
@@ -106,8 +116,8 @@ def download(
         The names of NIH's tables that are missing in the folder.
 
     Raises:
-        WorkbenchError: too little space, an archive that cannot be had or is not what NIH made. Whole archives
-            and parts of archives stay for the next call.
+        WorkbenchError: too little space, an archive that cannot be had or is not what NIH made, or tables that do not
+            fit the images. Whole archives and parts of archives stay for the next call.
     """
     folder = Path(folder)
     if jobs < 1:
@@ -118,6 +128,9 @@ def download(
         raise WorkbenchError(f"The folder {folder} cannot be made: {error.strerror}; choose another.") from None
     with _alone_in(folder):
         waiting = [archive for archive in archives if not (folder / archive.folder).is_dir()]
+        for archive in waiting:
+            # What a killed process had unpacked is unpacked again, and takes room from it.
+            shutil.rmtree(_unpacking(folder / archive.folder), ignore_errors=True)
         run = _Run(folder, keep_archives, progress, timeout, attempts, pause)
         if waiting:
             run.fetch(waiting, jobs)
@@ -127,6 +140,14 @@ def download(
         run.say(
             f"Still missing in {folder}: {', '.join(missing)}. "
             f"They have no lasting links: fetch them by hand from {PAGE} and put them there."
+        )
+    told, wrong = check_tables(folder)
+    for line in told:
+        run.say(line)
+    if wrong:
+        raise WorkbenchError(
+            f"The tables in {folder} do not fit the images ({'; '.join(wrong)}): fetch the tables again from {PAGE}, "
+            "or remove the folder of images that lacks some and call again."
         )
     return missing
 
@@ -139,15 +160,63 @@ def missing_tables(folder: str | os.PathLike) -> list[str]:
     return missing + [name for name in others if not (folder / name).is_file()]
 
 
+def check_tables(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
+    """Hold NIH's tables, as far as they are there, against the images in the folder.
+
+    Returns:
+        What there is, and what does not fit (nothing, if all is well), a line each, with counts and examples.
+    """
+    from workbench.data import chestxray14
+
+    folder = Path(folder)
+    _, *lists, boxes = TABLES
+    images = {path.name for path in chain(folder.glob("images/*.png"), folder.glob("images_*/images/*.png"))}
+    told, wrong = [], []
+
+    def differ(names: set[str], what: str) -> None:
+        if names:
+            wrong.append(f"{len(names):,} {what} (such as {min(names)})")
+
+    rows = None
+    if any((folder / name).is_file() for name in chestxray14.TABLES):
+        try:
+            rows = set(chestxray14.read_table(folder)["image"])
+        except WorkbenchError as error:
+            wrong.append(str(error).rstrip("."))
+    if rows is not None:
+        told.append(f"NIH's table has {len(rows):,} rows, and there are {len(images):,} images.")
+        differ(rows - images, "rows of the table have no image")
+        differ(images - rows, "images have no row in the table")
+    known = images if rows is None else rows
+    named = {name: _names_in(folder / name) for name in lists if (folder / name).is_file()}
+    for name, names in named.items():
+        told.append(f"{name} has {len(names):,} images.")
+        differ(names - known, f"names of {name} are no image of the table")
+    if len(named) == len(lists):
+        first, second = named.values()
+        differ(known - first - second, f"images are neither in {lists[0]} nor in {lists[1]}")
+        differ(first & second, f"images are both in {lists[0]} and in {lists[1]}")
+    if (folder / boxes).is_file():
+        try:
+            drawn = chestxray14.read_boxes(folder)
+        except WorkbenchError as error:
+            wrong.append(str(error).rstrip("."))
+        else:
+            told.append(f"{boxes} has {len(drawn):,} boxes.")
+            differ(set(drawn["image"].astype(str)) - known, f"images of {boxes} are not in the table")
+    return told, wrong
+
+
 def unpack(archive: str | os.PathLike, target: str | os.PathLike, *, stop: Event | None = None) -> int:
     """Unpack a tar archive of plain files into a new folder that appears whole, and return the number of files.
 
     Raises:
-        WorkbenchError: something in it is no plain file or would land outside the folder, or it is damaged; then
-            nothing is left of it.
+        WorkbenchError: something in it is no plain file, would land outside the folder or upon another file, or it is
+            damaged; then nothing is left of it.
+        OSError: it cannot be read, or the folder cannot be written; nothing is left either.
     """
     archive, target = Path(archive), Path(target)
-    part = target.with_name(target.name + ".part")
+    part = _unpacking(target)
     files = 0
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -158,23 +227,38 @@ def unpack(archive: str | os.PathLike, target: str | os.PathLike, *, stop: Event
                 if stop and stop.is_set():
                     raise _Stopped
                 place = PurePosixPath(member.name)
-                plain = member.isfile() or member.isdir()
-                if not plain or place.is_absolute() or ".." in place.parts:
-                    what = "lies outside its folder" if plain else "is no plain file"
+                if fault := _fault_of(member, part / place):
+                    name = member.name[:100].encode("ascii", "backslashreplace").decode()
                     raise WorkbenchError(
-                        f"{archive} holds `{member.name}`, which {what}: this is not NIH's archive, remove it."
+                        f"{archive} holds `{name}`, which {fault}: this is not NIH's archive, remove it."
                     )
-                if member.isfile():
+                if member.isreg():
                     (part / place).parent.mkdir(parents=True, exist_ok=True)
                     with tar.extractfile(member) as source, (part / place).open("xb") as file:
                         shutil.copyfileobj(source, file, 1 << 20)
                     files += 1
+        # The archive is removed once its folder is there, so all of it has to be on the disk first. One by one, with
+        # fsync, ten thousand files would take half a minute.
+        os.sync()
         os.replace(part, target)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise WorkbenchError(f"{archive} cannot be unpacked into {target}: {error}.") from None
+        _flush(target.parent)
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError) as error:
+        raise WorkbenchError(f"{archive} is damaged and cannot be unpacked ({error}): remove it.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return files
+
+
+def _fault_of(member: tarfile.TarInfo, place: Path) -> str:
+    """Why a member of an archive is not unpacked, or nothing."""
+    name = PurePosixPath(member.name)
+    if not (member.isreg() or member.isdir()) or member.issparse():
+        return "is no plain file"
+    if name.is_absolute() or ".." in name.parts:
+        return "lies outside its folder"
+    if member.isreg() and (place.exists() or any(parent.is_file() for parent in place.parents)):
+        return "is there twice"
+    return ""
 
 
 @dataclass
@@ -191,6 +275,7 @@ class _Run:
     def __post_init__(self):
         self.stop = Event()
         self.bar = tqdm(disable=True)
+        self.etags: dict[str, str] = {}  # of what was fetched so far, by the archive's name
 
     def fetch(self, archives: Sequence[Archive], jobs: int) -> None:
         with ThreadPoolExecutor(jobs) as pool:
@@ -225,7 +310,7 @@ class _Run:
                 pool.shutdown(cancel_futures=True)
                 raise
         if failed:
-            told = " ".join(filter(None, failed.values()))
+            told = " ".join(dict.fromkeys(filter(None, failed.values())))  # a full disk is told once
             raise WorkbenchError(
                 f"{len(failed)} of {len(archives)} archives could not be fetched: {told} "
                 "What was fetched is kept, and the same call goes on from there."
@@ -242,14 +327,17 @@ class _Run:
                 os.replace(whole, part)
             if not whole.exists():
                 self.fetch_part(archive, part)
+                _flush(part)
                 os.replace(part, whole)
+                _flush(self.folder)
             self.say(f"{archive.name}: whole, its MD5 is right; unpacking ...")
             files = unpack(whole, self.folder / archive.folder, stop=self.stop)
             if not self.keep_archives:
                 whole.unlink()
         except OSError as error:
-            # Most often a full disk, which the others will meet as well.
-            self.stop.set()
+            self.stop.set()  # the others will meet it as well
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise WorkbenchError(f"The disk of {self.folder} is full ({error.strerror}): make room.") from None
             raise WorkbenchError(f"{archive.name} cannot be written in {self.folder}: {error.strerror}.") from None
         self.say(f"{archive.name}: {files:,} files unpacked into {self.folder / archive.folder}.")
 
@@ -271,12 +359,13 @@ class _Run:
                         f"no longer what NIH published, or something on the way changes it; compare {PAGE}."
                     )
                 reason = f"its MD5 was {found} instead of {archive.md5}"
+                wait = 0.0
             except (_Again, requests.RequestException) as error:
-                reason = _reason(error)
+                reason, wait = _reason(error), getattr(error, "wait", 0.0)
             reached = _bytes_in(part)
             failures = 1 if reached > furthest else failures + 1
             furthest = max(furthest, reached)
-            self.pause_after(archive, f"{reason}, {reached / 1e6:,.1f} MB are here", failures)
+            self.pause_after(archive, f"{reason}, {reached / 1e6:,.1f} MB are here", failures, wait)
 
     def transfer(self, archive: Archive, part: Path) -> None:
         """One request for the bytes that the part still lacks, appended to it."""
@@ -284,23 +373,34 @@ class _Run:
         with self.request(archive, start=have) as response:
             total = _total_of(response)
             if response.status_code == 416:  # there is nothing beyond what is here
-                if total == have:
+                if total in (0, have):
                     return
                 self.forget(part)
                 raise _Again(f"the part had {have} bytes and the archive has {total}")
             if response.status_code == 206 and _start_of(response) != have:
                 self.forget(part)
                 raise _Again("the server sent other bytes than it was asked for")
+            # What names itself packed is the archive, which is; it has to come as it is.
+            response.raw.headers.pop("Content-Encoding", None)
+            chunks = response.iter_content(CHUNK)
             if response.status_code == 200:  # the whole archive, whatever was asked for
+                first = next(chunks, b"")
+                if not first.startswith(GZIP):
+                    raise _Again("something else came instead of the archive")
                 self.forget(part)
-            with part.open("ab") as file:
-                for chunk in response.iter_content(CHUNK):
-                    if self.stop.is_set():
-                        raise _Stopped
-                    file.write(chunk)
-                    self.count(len(chunk))
+                chunks = chain([first], chunks)
+            self.etags[archive.name] = response.headers.get("ETag", "")
+            self.append(part, chunks)
         if total and _bytes_in(part) != total:
             raise _Again(f"the connection ended after {_bytes_in(part)} of {total} bytes")
+
+    def append(self, part: Path, chunks: Iterable[bytes]) -> None:
+        with part.open("ab") as file:
+            for chunk in chunks:
+                if self.stop.is_set():
+                    raise _Stopped
+                file.write(chunk)
+                self.count(len(chunk))
 
     @contextmanager
     def request(self, archive: Archive, *, start: int, end: int | str = "") -> Iterator[requests.Response]:
@@ -308,10 +408,13 @@ class _Run:
         headers = {"Accept-Encoding": "identity"}
         if start or end != "":
             headers["Range"] = f"bytes={start}-{end}"
+        # A file that has changed meanwhile comes whole. Weak tags (W/) do not promise the same bytes.
+        if start and (tag := self.etags.get(archive.name, "")).startswith('"'):
+            headers["If-Range"] = tag
         with requests.get(archive.url, headers=headers, stream=True, timeout=self.timeout) as response:
             status = response.status_code
             if status in (408, 429) or status >= 500:
-                raise _Again(f"the server answered {status} {response.reason}")
+                raise _Again(f"the server answered {status} {response.reason}", _retry_after(response))
             if status not in (200, 206, 416):
                 raise WorkbenchError(
                     f"{archive.name} is not to be had: {archive.url} answered {status} {response.reason}; "
@@ -328,17 +431,18 @@ class _Run:
                 with self.request(archive, start=0, end=0) as response:
                     return _total_of(response)
             except (_Again, requests.RequestException) as error:
-                self.pause_after(archive, _reason(error), failures)
+                self.pause_after(archive, _reason(error), failures, getattr(error, "wait", 0.0))
             except WorkbenchError:
                 return 0  # told when its turn comes, so that the others are fetched before
         raise AssertionError("pause_after gives up after the last attempt")
 
-    def pause_after(self, archive: Archive, reason: str, failures: int) -> None:
+    def pause_after(self, archive: Archive, reason: str, failures: int, wait: float = 0.0) -> None:
+        """Wait as long as the server asked, or twice as long as the last time; give up after the last attempt."""
         if failures >= self.attempts:
             raise WorkbenchError(
                 f"{archive.name}: {reason}; {failures} tries in a row brought nothing new from {archive.url}."
             )
-        seconds = min(self.pause * 2 ** (failures - 1), LONGEST_PAUSE)
+        seconds = max(min(self.pause * 2 ** (failures - 1), LONGEST_PAUSE), wait)
         self.say(f"{archive.name}: {reason}; next try in {seconds:.0f} s.")
         if self.stop.wait(seconds):
             raise _Stopped
@@ -376,7 +480,10 @@ class _Run:
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: two downloads into one folder would append to the same parts."""
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise WorkbenchError(f"The folder {folder} cannot be read: {error.strerror}; choose another.") from None
     try:
         with suppress(OSError):  # a file system without locks
             try:
@@ -402,8 +509,20 @@ def _start_of(response: requests.Response) -> int:
     return int(start) if start.isdigit() else -1
 
 
+def _retry_after(response: requests.Response) -> float:
+    """The seconds that the server asks to wait, by number or date, up to `LONGEST_WAIT`; 0 if it does not."""
+    told = response.headers.get("Retry-After", "").strip()
+    try:
+        seconds = float(told) if told.isdecimal() else parsedate_to_datetime(told).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_WAIT)
+
+
 def _reason(error: Exception) -> str:
     """A network error in a few words; what requests says itself fills half a screen."""
+    if isinstance(error, requests.TooManyRedirects):
+        return "the server sends from one address to the next and never to the archive"
     if isinstance(error, requests.Timeout) or "timed out" in str(error):
         return "nothing came any more"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
@@ -417,6 +536,29 @@ def _bytes_in(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def _names_in(path: Path) -> set[str]:
+    """The first word of each line, as published lists have labels behind it."""
+    return {words[0] for line in path.read_text(errors="replace").splitlines() if (words := line.split())}
+
+
+def _unpacking(target: Path) -> Path:
+    """Where an archive is unpacked before its folder appears; hidden, as it is no folder of images yet."""
+    return target.with_name(f".{target.name}.part")
+
+
+def _flush(path: Path) -> None:
+    """Have a file or a folder on the disk before anything relies on it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not do it for folders
+            raise
+    finally:
+        os.close(handle)
+
+
 def _md5(path: Path) -> str:
+    # Where a system forbids MD5 for security it allows it for this: NIH publishes nothing better.
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
