@@ -1,6 +1,7 @@
 """Recipes through notebooks, on small notebooks of our own: order, parameters, failures, resuming."""
 
 import shutil
+from itertools import pairwise
 
 import nbformat
 import pytest
@@ -114,6 +115,47 @@ def test_bad_recipes_are_refused(root, content, said):
     path.write_text(content)
     with pytest.raises(WorkbenchError, match=said):
         batch.run_recipe(root, str(path))
+
+
+@pytest.mark.parametrize("value", ["2001-99-99", "!!int ''", "!!timestamp x", "[" * 3000, "9" * 5000])
+def test_values_that_yaml_itself_trips_over_are_refused(root, value):
+    (root / "bad.yml").write_text(f"rate: {value}\n")
+    with pytest.raises(WorkbenchError, match="is not YAML"):
+        batch.run_recipe(root, str(root / "bad.yml"))
+    with pytest.raises(WorkbenchError, match=r"The value of `--set rate=.*` cannot be read"):
+        batch.parse_settings([f"rate={value}"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("rate=.inf", "`rate` of mine is inf: expected a number"),
+        ("rate=nan", "`rate` of mine is nan: expected a number"),
+        (f"rate={10**400}", "`rate` of mine is 1000.*0000: expected a number"),
+        (f"number_1={2**63}", "`number_1` of mine is 9223372036854775808: expected a whole number"),
+        (f"number_1=0x{'f' * 5000}", "`number_1` of mine is a number of thousands of digits"),
+        ("names=[[Edema]]", "`names` of mine is .*: expected a list"),
+        ("names=&a [*a]", "`names` of mine is .*: expected a list"),
+        ('name="a\\nb"', "`name` of mine is .*: expected a text of one line"),
+        ('name="\\ud800"', "`name` of mine is .*: expected a text of one line"),
+    ],
+)
+def test_values_that_no_record_or_notebook_can_hold_are_refused(root, setting, said):
+    with pytest.raises(WorkbenchError, match=said):
+        batch.check_parameters(root, batch.parse_settings([setting]), where="mine")
+
+
+def test_aliases_that_multiply_are_not_written_out(root):
+    # 9 to the power of 6 items, half a million.
+    bomb = "[&a [x]" + "".join(f", &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefg")) + "]"
+    with pytest.raises(WorkbenchError, match=r"`names` of mine is .*: expected a list") as told:
+        batch.check_parameters(root, batch.parse_settings([f"names={bomb}"]), where="mine")
+    assert len(told.value.args[0]) < 10_000
+
+
+def test_a_recipe_s_name_may_be_too_long_for_a_file(root):
+    with pytest.raises(WorkbenchError, match="There is no recipe"):
+        batch.run_recipe(root, "x" * 300)
 
 
 def test_a_number_without_a_point_is_a_number(root):

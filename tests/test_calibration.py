@@ -99,9 +99,10 @@ def test_bad_files_are_named(tmp_path):
     path = tmp_path / "calibration.json"
     with pytest.raises(WorkbenchError, match="There is no calibration at"):
         calibration.read_calibration(path)
-    path.write_text("{}")
-    with pytest.raises(WorkbenchError, match="cannot be read"):
-        calibration.read_calibration(path)
+    for text in ("{}", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(WorkbenchError, match="cannot be read"):
+            calibration.read_calibration(path)
     row = {"slope": -1.0, "shift": 0.0, "positives": 3, "fitted": True}
     path.write_text(json.dumps({"findings": {"Mass": row}}))
     with pytest.raises(WorkbenchError, match="slope that is not above 0"):

@@ -247,9 +247,40 @@ def test_wrong_tables_are_told(small):
     (small / "Data_Entry_2017_v2020.csv").write_text("")
     with pytest.raises(WorkbenchError, match=r"v2020.csv` cannot be read"):
         read_dataset(small)
+    write_table(small, [])
+    with pytest.raises(WorkbenchError, match=r"v2020.csv` has no row"):
+        read_dataset(small)
     (small / "Data_Entry_2017_v2020.csv").unlink()
     with pytest.raises(WorkbenchError, match=r"holds no Data_Entry_2017_v2020.csv"):
         read_dataset(small)
+
+
+def test_damaged_tables_and_lists_are_named(small):
+    table = (small / "Data_Entry_2017_v2020.csv").read_bytes()
+    packed = bytearray(gzip.compress(table))
+    packed[20:60] = b"\xff" * 40
+    (small / "Data_Entry_2017_v2020.csv").unlink()
+    (small / "Data_Entry_2017_v2020.csv.gz").write_bytes(packed)
+    with pytest.raises(WorkbenchError, match=r"Data_Entry_2017_v2020\.csv\.gz` cannot be read"):
+        read_dataset(small)
+    (small / "Data_Entry_2017_v2020.csv.gz").unlink()
+    write_table(small, [(*row[:3], "1e30", *row[4:]) for row in ROWS[:1]])  # too large for what it would become
+    with pytest.raises(
+        WorkbenchError, match=r"has the patient `1e30` for `00000002_000\.png`: expected a whole number"
+    ):
+        read_dataset(small)
+    write_table(small)
+    (small / "test_list.txt").write_text("00000001_000.png\n", encoding="utf-16")
+    with pytest.raises(WorkbenchError, match=r"test_list\.txt` cannot be read .*UTF-8"):
+        read_dataset(small)
+
+
+@pytest.mark.parametrize("line", ["00000004_000.png,Mass,1,2,3", "00000004_000.png,Mass,1,2,inf,4", ",Mass,1,2,3,4"])
+def test_a_box_without_its_numbers_is_refused(small, line):
+    header = "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
+    (small / "BBox_List_2017.csv").write_text(f"{header}00000004_000.png,Mass,1,2,3,4\n{line}\n")
+    with pytest.raises(WorkbenchError, match=r"BBox_List_2017\.csv` is not .*line 3 lacks a value"):
+        chestxray14.read_boxes(small)
 
 
 def test_tables_for_the_charts(small):

@@ -102,3 +102,25 @@ def test_the_best_epoch_is_that_of_the_criterion():
     assert not better("auroc", undefined, low)
     assert better("auroc", low, undefined)
     assert not better("auroc", low, low)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shard_folder": None}, "`shard_folder` is None: it has to be a text"),
+        ({"weights": ["x"]}, "`weights` is .*: it has to be a text"),
+        ({"plateau_factor": "0.1"}, "`plateau_factor` is '0.1': it has to be a number"),
+        ({"warmup_epochs": math.nan}, "`warmup_epochs` is nan"),
+        ({"learning_rate": 10**400}, "`learning_rate` is 1000"),
+        ({"findings": [3]}, "`findings` is .*: it has to be a list of names"),
+        ({"augment": "no"}, "`augment` is 'no': it has to be true or false"),
+    ],
+)
+def test_a_record_changed_by_hand_makes_no_configuration(changes, said):
+    with pytest.raises(WorkbenchError, match=said):
+        TrainConfig.from_parameters({"shard_folder": "data/shards/nih"} | changes)
+
+
+def test_a_record_without_shards_makes_no_configuration():
+    with pytest.raises(WorkbenchError, match="`shard_folder` is None: it has to be a folder of shards"):
+        TrainConfig.from_parameters({"epochs": 3})

@@ -107,3 +107,32 @@ def test_absurdly_many_pixels_are_refused_before_any_is_decoded(tmp_path):
     path = write(tmp_path / "a.dcm", RAMP, Rows=65535, Columns=65535)
     with pytest.raises(WorkbenchError, match=r"a.dcm` claims 4,294,836,225 pixels"):
         radiographs.read_radiograph(path)
+
+
+@pytest.mark.parametrize("slope", ["nan", "inf", "1e300"])
+def test_a_rescaling_that_is_not_finite_is_refused(tmp_path, slope):
+    path = write(tmp_path / "a.dcm", RAMP, RescaleSlope="1", RescaleIntercept="0")
+    encoded = path.read_bytes().replace(b"DS\x02\x001 ", b"DS\x06\x00" + slope.ljust(6).encode(), 1)
+    path.write_bytes(encoded)
+    if slope == "1e300":
+        assert radiographs.read_radiograph(path).shape == RAMP.shape
+        return
+    with pytest.raises(WorkbenchError, match=r"a\.dcm` is a DICOM file whose pixels cannot be read"):
+        radiographs.read_radiograph(path)
+
+
+def test_more_pixels_than_one_frame_has_are_refused(tmp_path):
+    path = write(tmp_path / "a.dcm", RAMP)
+    file = pydicom.dcmread(path)
+    file.Rows //= 3  # what is left over would be read as two more frames
+    file.save_as(path)
+    with pytest.raises(
+        WorkbenchError, match=r"a\.dcm` is a DICOM file whose pixels cannot be read \(pixels of the shape"
+    ):
+        radiographs.read_radiograph(path)
+
+
+def test_a_window_without_the_bits_it_is_over_is_refused(tmp_path):
+    path = write(tmp_path / "a.dcm", RAMP, WindowCenter="100", WindowWidth="0")
+    with pytest.raises(WorkbenchError, match=r"a\.dcm` is a DICOM file whose pixels cannot be read"):
+        radiographs.read_radiograph(path)

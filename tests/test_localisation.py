@@ -1,5 +1,6 @@
 """Heat maps against boxes: worked by hand, in the right pixels, and on the real boxes."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +216,26 @@ def test_the_real_boxes_on_real_radiographs(tmp_path):
     assert (table["pointing_low"] <= table["pointing"]).all()
     falling = table[[f"iobb_{overlap:g}" for overlap in localisation.OVERLAPS]]
     assert (falling.diff(axis=1).iloc[:, 1:] <= 0).all(axis=None)
+
+
+@pytest.mark.parametrize("wrong", ["shape", "number", "size", "header"])
+def test_a_damaged_file_of_heat_maps_is_named(tmp_path, wrong):
+    path = tmp_path / "heatmaps.npz"
+    held = {"maps": np.ones((2, 4, 4), np.float32), "images": np.array(["a", "b"]), "findings": np.array(["Mass"] * 2)}
+    held |= {"scores": np.array([0.1, 0.2]), "image_size": np.array(8), "stored_size": np.array(8)}
+    if wrong == "shape":
+        held["maps"] = held["maps"][:1]
+    if wrong == "number":
+        held["maps"][0, 0, 0] = np.nan
+    if wrong == "size":
+        held["image_size"] = np.array([8, 8])
+    np.savez(path, **held, rectified=np.array(True))
+    if wrong == "header":  # numpy reads it as Python source, whose tokenizer has an error of its own
+        with zipfile.ZipFile(path) as file:
+            members = {name: file.read(name) for name in file.namelist()}
+        members["maps.npy"] = members["maps.npy"].replace(b"(2, 4, 4), }", b"(2, 4, 4(, }")
+        with zipfile.ZipFile(path, "w") as file:
+            for name, content in members.items():
+                file.writestr(name, content)
+    with pytest.raises(WorkbenchError, match=r"heatmaps\.npz is not a file of heat maps"):
+        localisation.read_heat_maps(path)

@@ -1,7 +1,9 @@
 """The network: what goes in, what comes out, and that what is saved is plain Keras."""
 
+import json
 import sys
 import types
+import zipfile
 
 import keras
 import numpy as np
@@ -92,3 +94,41 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "broken.keras").write_bytes(b"not a model")
     with pytest.raises(WorkbenchError, match=r"broken\.keras do not fit"):
         network.build_network("Tiny", findings=5, image_size=32, weights=str(tmp_path / "broken.keras"))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "null",
+        "{",
+        {"findings": "Mass"},
+        {"findings": [3]},
+        {"image_size": "64"},
+        {"stored_size": 10**30},
+        {"stored_size": 8},
+        {"encoding": None},
+    ],
+)
+def test_a_model_with_a_wrong_description_is_named(tmp_path, told):
+    path = tmp_path / "model.keras"
+    whole = {"findings": ["Mass"], "image_size": 64, "stored_size": 72, "encoding": "raw"}
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("workbench.json", told if isinstance(told, str) else json.dumps(whole | told))
+    with pytest.raises(WorkbenchError, match=r"model\.keras cannot be read"):
+        network.describe_network(path)
+
+
+@pytest.mark.parametrize("member", ["config.json", "model.weights.h5", "metadata.json"])
+def test_a_model_with_a_broken_member_is_named(tmp_path, member):
+    path, findings = tmp_path / "model.keras", ["Mass"]
+    model = network.build_network("Tiny", findings=1, image_size=32, weights=None)
+    network.write_network(model, path, findings=findings, stored_size=32, encoding="raw")
+    with zipfile.ZipFile(path) as file:
+        at = file.getinfo(member).header_offset
+    encoded = bytearray(path.read_bytes())
+    encoded[at : at + 4] = b"PK\0\0"  # where zipfile has an error of its own
+    path.write_bytes(encoded)
+    with pytest.raises(WorkbenchError, match=r"model\.keras cannot be read"):
+        network.read_network(path, findings=findings, image_size=32)
+    with pytest.raises(WorkbenchError, match=r"The weights in .*model\.keras do not fit"):
+        network.build_network("Tiny", findings=1, image_size=32, weights=str(path))

@@ -5,7 +5,7 @@ import re
 import nbformat
 import pytest
 
-from workbench import report, runs
+from workbench import WorkbenchError, cli, report, runs
 
 
 @pytest.fixture
@@ -86,3 +86,27 @@ def test_the_overview_lists_runs_in_every_state(run):
 
 def test_the_overview_of_nothing(tmp_path):
     assert "No runs yet" in report.write_overview(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"cells": [null], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'])
+def test_a_notebook_that_is_none_is_named(run, text):
+    (run / "notebooks" / "02_b.ipynb").write_text(text)
+    with pytest.raises(WorkbenchError, match=r"02_b\.ipynb is not an executed notebook"):
+        report.write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_an_interval_that_is_not_known_is_left_out(run, capsys):
+    metrics(run, ci_low=None, ci_high=None)
+    report.write_report(run)
+    assert "mean test AUROC" not in (run / "report.html").read_text()
+    cli._summarise(run)
+    assert "mean test AUROC" not in capsys.readouterr().out
+
+
+def test_metrics_of_one_run_that_are_broken_hide_no_other(run):
+    metrics(run)
+    (runs.create_run(run.parents[1], "second") / "metrics.json").write_text("{")
+    page = report.write_overview(run.parents[1]).read_text()
+    assert "0.8000" in page
+    assert "second" in page

@@ -62,9 +62,10 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
 
 def test_update_merges_dictionaries_one_level_deep(tmp_path):
     folder = runs.create_run(tmp_path, "first")
-    runs.update_run(folder, stages={"01": "finished"})
-    record = runs.update_run(folder, stages={"02": "failed"}, status="failed")
-    assert record["stages"] == {"01": "finished", "02": "failed"}
+    one, two = ({"status": status, "seconds": 1.0} for status in ("finished", "failed"))
+    runs.update_run(folder, stages={"01": one})
+    record = runs.update_run(folder, stages={"02": two}, status="failed")
+    assert record["stages"] == {"01": one, "02": two}
     assert runs.read_run(folder)["status"] == "failed"
 
 
@@ -120,7 +121,15 @@ def test_a_broken_record_is_one_sentence_and_hides_no_other_run(tmp_path):
     }
 
 
-WHOLE = {"name": "bad", "recipe": "mine", "status": "finished", "started": "2026-01-01T00:00:00+00:00", "ended": None}
+WHOLE = {
+    "name": "bad",
+    "recipe": "mine",
+    "status": "finished",
+    "started": "2026-01-01T00:00:00+00:00",
+    "ended": None,
+    "parameters": {},
+    "stages": {},
+}
 
 
 @pytest.mark.parametrize(
@@ -131,9 +140,9 @@ WHOLE = {"name": "bad", "recipe": "mine", "status": "finished", "started": "2026
         ("null", None, "unreadable"),
         ("[" * 100_000, None, "unreadable"),
         (b"\xff\xfe", None, "unreadable"),
-        ("{}", None, ""),
-        ({"started": 5}, None, "finished"),
-        ({"recipe": None, "status": ["odd"]}, None, "['odd']"),
+        ("{}", None, "unreadable"),
+        ({"started": 5}, None, "unreadable"),
+        ({"recipe": None, "status": ["odd"]}, None, "unreadable"),
         ({"ended": "2026-01-01T00:00:00"}, None, "unreadable"),
         ({"ended": "yesterday"}, None, "unreadable"),
         ({"ended": "2026-01-01T00:00:00+00:00", "stages": {"01": {}}}, None, "unreadable"),
@@ -145,7 +154,7 @@ WHOLE = {"name": "bad", "recipe": "mine", "status": "finished", "started": "2026
         ({}, "[1]", "unreadable"),
         ({}, '{"test": [1]}', "unreadable"),
         ({}, '{"test": {"mean_auroc": "high"}}', "unreadable"),
-        ({}, '{"test": {"mean_auroc": 0.8, "ci_low": "low", "ci_high": 1}}', "finished"),
+        ({}, '{"test": {"mean_auroc": 0.8, "ci_low": "low", "ci_high": 1}}', "unreadable"),
         ({}, '{"val": {}}', "finished"),
     ],
 )
@@ -170,7 +179,7 @@ def test_a_broken_run_is_shown_and_hides_no_other(tmp_path, monkeypatch, capsys,
 @pytest.mark.parametrize("content", ["", "[1]", '{"test": [1]}', "[" * 100_000])
 def test_broken_metrics_are_one_sentence(tmp_path, content):
     (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(WorkbenchError, match=r"metrics\.json .*: run notebook 04_evaluate on the run again\."):
+    with pytest.raises(WorkbenchError, match=r"metrics\.json .*: run notebook 04 on this run again\."):
         runs.read_metrics(tmp_path)
 
 
@@ -200,6 +209,65 @@ def test_find_passes_over_broken_records(tmp_path):
         runs.find_run(tmp_path)
     runs.create_run(tmp_path, "whole")
     assert runs.find_run(tmp_path).name == "whole"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"parameters": None}, "parameters is not an object"),
+        ({"stages": {"03_train": None}}, "03_train is not an object"),
+        ({"stages": {"03_train": {"status": "failed", "seconds": "5"}}}, "the seconds of 03_train is not a number"),
+        ({"started": "yesterday"}, "Invalid isoformat string"),
+        ({"ended": "2026-01-01T00:00:00"}, "ended has no time zone"),
+        ({"world_size": 10**30}, "world_size is not a whole number"),
+        ({"hosts": [None]}, "a host is not a text"),
+    ],
+)
+def test_a_record_with_wrong_entries_is_one_sentence_and_hides_no_other_run(tmp_path, changes, said):
+    folder = runs.create_run(tmp_path, "first")
+    runs.create_run(tmp_path, "second")
+    (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | changes))
+    with pytest.raises(WorkbenchError, match=rf"run\.json is not one \({said}"):
+        runs.read_run(folder)
+    assert runs.list_runs(tmp_path).set_index("run")["status"]["first"] == "unreadable"
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "[]", "{}", '{"status": "failed"}', "[" * 100_000, '{"a": NaN}', '{"a": 1e400}']
+)
+def test_a_record_of_another_form_is_one_sentence(tmp_path, text):
+    folder = runs.create_run(tmp_path, "first")
+    (folder / "run.json").write_text(text)
+    with pytest.raises(WorkbenchError, match=r"The run's record .*run\.json is not one|run\.json cannot be read"):
+        runs.read_run(folder)
+    assert list(runs.list_runs(tmp_path)["status"]) == ["unreadable"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "null",
+        '{"test": []}',
+        '{"test": {"mean_auroc": "0.8"}}',
+        '{"test": {"per_finding": {"Mass": 3}}}',
+        '{"test": {"per_finding": {"Mass": {"threshold": []}}}}',
+        '{"test": {"undefined": [1]}}',
+    ],
+)
+def test_metrics_that_are_none_are_one_sentence_and_hide_no_run(tmp_path, text):
+    folder = runs.create_run(tmp_path, "first")
+    (folder / "metrics.json").write_text(text)
+    with pytest.raises(WorkbenchError, match=r"metrics\.json (cannot be read|is not one)"):
+        runs.read_metrics(folder)
+    assert len(runs.list_runs(tmp_path)) == 1
+
+
+def test_a_name_too_long_for_a_folder_is_told(tmp_path):
+    with pytest.raises(WorkbenchError, match="Cannot make the run's folder"):
+        runs.open_run(tmp_path, "x" * 300)
+    with pytest.raises(WorkbenchError, match="cannot be read"):
+        runs.find_run(tmp_path, "x" * 300)
 
 
 def test_minutes_are_those_of_the_stages(tmp_path):

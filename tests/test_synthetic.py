@@ -138,6 +138,15 @@ def test_an_existing_folder_is_kept_or_refused(tmp_path):
         write_small(tmp_path / "few", patients=2)
 
 
+@pytest.mark.parametrize("mark", ["{", "[" * 100_000, "9" * 5000])
+def test_a_folder_whose_mark_cannot_be_read_is_left_alone(tmp_path, mark):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "synthetic.json").write_text(mark)
+    with pytest.raises(WorkbenchError, match="holds something else"):
+        write_small(tmp_path / "set")
+    assert (tmp_path / "set" / "synthetic.json").read_text() == mark
+
+
 def test_whole_or_not_at_all(tmp_path, monkeypatch):
     drawn = []
 

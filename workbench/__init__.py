@@ -17,6 +17,11 @@ class WorkbenchError(Exception):
     notebooks show it without a traceback; everything else that is raised is a bug of ours.
     """
 
+    def __str__(self) -> str:
+        # What it quotes of a file or a library may hold line ends, a terminal's control codes, or megabytes.
+        said = "".join(character if character.isprintable() else " " for character in super().__str__())
+        return said if len(said) <= 2000 else f"{said[:1200]} … {said[-600:]}"
+
     def _render_traceback_(self) -> list[str]:
         # IPython asks an exception for this; in a notebook the sentence says more than the stack.
         return [f"{type(self).__name__}: {self}"]

@@ -14,7 +14,9 @@ import ast
 import contextlib
 import difflib
 import logging
+import math
 import os
+import reprlib
 import signal
 import sys
 import threading
@@ -98,17 +100,14 @@ def resume_run(root: Path, name: str, *, overrides: Mapping[str, Any] | None = N
 def read_recipe(root: Path, recipe: str) -> tuple[str, dict]:
     """A recipe's name and its parameters, read safely from YAML. Raises a WorkbenchError if it is none."""
     path = Path(recipe) if recipe.endswith((".yml", ".yaml")) else root / "notebooks" / "recipes" / f"{recipe}.yml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, False for what can be no path
         raise WorkbenchError(
             f"There is no recipe `{recipe}`: choose one of {', '.join(recipes(root))}, or a .yml file."
         )
     try:
         content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first_line = str(error).replace("\n", " ")
-        raise WorkbenchError(
-            f"The recipe {path} is not YAML ({first_line}): write `name: value`, one a line."
-        ) from None
+    except Exception as error:  # besides its own, PyYAML lets pass what a value's type raises
+        raise WorkbenchError(f"The recipe {path} is not YAML ({error}): write `name: value`, one a line.") from None
     if content is None:
         content = {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -149,12 +148,9 @@ def check_parameters(root: Path, chosen: Mapping[str, Any], *, where: str) -> di
             raise WorkbenchError(f"`{name}` of {where} is no parameter{hint}; the parameters are {', '.join(names)}.")
         expected = type(defaults[name])
         value = checked[name] = _number(value) if expected is float else value
-        fits = isinstance(value, expected) or (expected is float and isinstance(value, int))
-        if fits and expected is list and defaults[name]:
-            fits = bool(value) and all(type(item) is type(defaults[name][0]) for item in value)
-        if not fits or (isinstance(value, bool) and expected is not bool):
+        if not _fits(value, defaults[name]):
             raise WorkbenchError(
-                f"`{name}` of {where} is {value!r}: expected {_kind(expected)}, such as {defaults[name]!r}."
+                f"`{name}` of {where} is {_short(value)}: expected {_kind(expected)}, such as {defaults[name]!r}."
             )
     # What the training would refuse is refused before the shards are written.
     if defaults.keys() >= {"shard_folder", "workers"}:
@@ -167,6 +163,30 @@ def check_parameters(root: Path, chosen: Mapping[str, Any], *, where: str) -> di
         if (value := checked.get(name, choices[0])) not in choices:
             raise WorkbenchError(f"`{name}` of {where} is {value!r}: choose from {', '.join(choices)}.")
     return defaults | checked
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a notebook's own, and such that JSON and a notebook can hold it."""
+    if isinstance(default, list):
+        like = default[0] if default else ""
+        return isinstance(value, list) and (bool(value) or not default) and all(_fits(item, like) for item in value)
+    if isinstance(default, str):
+        return isinstance(value, str) and value.isprintable()
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if type(value) is int:
+        return -(2**63) <= value < 2**63
+    return isinstance(default, float) and type(value) is float and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    """A value as it is written, cut short: through aliases a few lines of YAML make one of gigabytes."""
+    shown = reprlib.Repr()
+    shown.maxlevel, shown.maxstring, shown.maxother = 2, 200, 200
+    try:
+        return shown.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _number(value: Any) -> Any:
@@ -186,7 +206,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             raise WorkbenchError(f"`--set {setting}` is not of the form KEY=VALUE, such as `--set epochs=3`.")
         try:
             parsed[name.strip()] = yaml.safe_load(value) if value.strip() else ""
-        except yaml.YAMLError:
+        except Exception:  # as above
             raise WorkbenchError(f"The value of `--set {setting}` cannot be read: quote it.") from None
     return parsed
 
@@ -379,4 +399,6 @@ def _failure(folder: Path, stage: str, error: PapermillExecutionError | DeadKern
 
 
 def _kind(expected: type) -> str:
-    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}[expected]
+    return {str: "a text of one line", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}[
+        expected
+    ]

@@ -60,14 +60,14 @@ def _summarise(folder) -> None:
     from workbench import runs
 
     record, metrics = runs.read_run(folder), runs.read_metrics(folder).get("test", {})
-    if metrics.get("mean_auroc") is not None:
+    if None not in (metrics.get(name) for name in ("mean_auroc", "ci_low", "ci_high")):
         print(
             f"mean test AUROC {metrics['mean_auroc']:.4f} (95 % interval {metrics['ci_low']:.4f} to "
-            f"{metrics['ci_high']:.4f}, {metrics['findings']} findings)"
+            f"{metrics['ci_high']:.4f}, {metrics.get('findings', '?')} findings)"
         )
-    if "images_per_second" in record:
+    if {"images_per_second", "world_size"} <= record.keys():
         print(f"{record['images_per_second']:.1f} images/s in training on {record['world_size']} workers")
-    print(f"{runs.minutes(record):.1f} minutes in all; the whole as one page: {folder / 'report.html'}")
+    print(f"{runs.minutes(record) or 0:.1f} minutes in all; the whole as one page: {folder / 'report.html'}")
     print(folder)
 
 

@@ -14,12 +14,13 @@ import html
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-from workbench import files, runs
+from workbench import WorkbenchError, files, runs
 
 _NOTICE = "Research software, not a medical device: nothing here is for diagnosis."
 _STYLE = """
@@ -80,7 +81,9 @@ def write_overview(root: Path) -> Path:
         for key, form in (("minutes", ".1f"), ("workers", "d"), ("images_per_second", ".1f"), ("mean_auroc", ".4f")):
             known = told[key] == told[key] and told[key] is not None and str(told[key]) != "<NA>"
             cells += f"<td>{format(told[key], form) if known else ''}</td>"
-        test = {} if told["status"] == "unreadable" else runs.read_metrics(folder).get("test", {})
+        test = {}
+        with suppress(WorkbenchError):  # one broken file hides no other run
+            test = runs.read_metrics(folder).get("test", {})
         rows.append(f'<tr>{cells}<td class="text">{_whisker(test)}</td></tr>')
     heads = ["Run", "Recipe", "Status", "Started (UTC)", "Minutes", "Workers", "Images/s", "Mean AUROC"]
     head = "".join(f'<th class="{"text" if k < 4 else ""}">{name}</th>' for k, name in enumerate(heads))
@@ -98,6 +101,13 @@ def _section(path: Path) -> tuple[str, list[tuple[str, str]]]:
     """One executed notebook as HTML without its code, and its headings: (anchor, text), the title first."""
     from nbconvert import HTMLExporter  # slow to import, and needed once
 
+    try:
+        return _read_section(path, HTMLExporter(template_name="basic"))
+    except Exception as error:  # what is no notebook raises many kinds, in reading and in drawing it
+        raise WorkbenchError(f"{path} is not an executed notebook ({error}): run its stage again.") from None
+
+
+def _read_section(path: Path, exporter) -> tuple[str, list[tuple[str, str]]]:
     notebook = nbformat.read(path, as_version=4)
     parameters = [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
     for cell in notebook.cells:
@@ -106,7 +116,7 @@ def _section(path: Path) -> tuple[str, list[tuple[str, str]]]:
         # Defaults that were replaced would only mislead beside the values that were used.
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\A## Parameters\b.*\Z", "", cell.source, flags=re.DOTALL)
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
+    body, _ = exporter.from_notebook_node(notebook)
     stage, headings = path.stem, []
 
     def anchor(match: re.Match) -> str:
@@ -123,13 +133,13 @@ def _section(path: Path) -> tuple[str, list[tuple[str, str]]]:
 def _summary(folder: Path, record: Mapping[str, Any]) -> str:
     parameters, test = record["parameters"], runs.read_metrics(folder).get("test", {})
     cards = []
-    if test.get("mean_auroc") is not None:
+    if None not in (test.get(name) for name in ("mean_auroc", "ci_low", "ci_high")):
         interval = f"mean test AUROC, 95 % interval {test['ci_low']:.3f} to {test['ci_high']:.3f}"
         cards.append((f"{test['mean_auroc']:.3f}", interval))
-        cards.append((str(test["findings"]), "findings in the mean" + _left_out(test.get("undefined", []))))
+        cards.append((str(test.get("findings", "?")), "findings in the mean" + _left_out(test.get("undefined", []))))
     if "best_epoch" in record:
         cards.append((f"{record['best_epoch']} of {parameters.get('epochs', '?')}", "epoch kept"))
-    if "images_per_second" in record:
+    if {"images_per_second", "world_size"} <= record.keys():
         workers = f"{record['world_size']} worker" + "s" * (record["world_size"] != 1)
         cards.append((f"{record['images_per_second']:.0f} images/s", f"in training on {workers}"))
     if (took := runs.minutes(record)) is not None:
@@ -196,7 +206,7 @@ def _navigation(name: str, contents: list[list[tuple[str, str]]]) -> str:
 def _whisker(test: Mapping[str, Any]) -> str:
     """The mean AUROC as a dot on a scale from 0.5 to 1, its interval as a line."""
     numbers = [test.get(name) for name in ("ci_low", "mean_auroc", "ci_high")]
-    if not all(isinstance(number, int | float) for number in numbers):
+    if None in numbers:
         return ""
     low, middle, high = (200 * (min(max(x, 0.5), 1) - 0.5) / 0.5 + 5 for x in numbers)
     return (

@@ -30,6 +30,19 @@ from typing import Any
 from workbench import WorkbenchError, provenance
 from workbench.files import held, is_held, written_whole
 
+# What entries of a record are, where they are there; those who read it count on that.
+_RECORD = {
+    "recipe": str,
+    "status": str,
+    "started": str,
+    "parameters": dict,
+    "stages": dict,
+    "versions": dict,
+    "hosts": list,
+    "world_size": int,
+    "best_epoch": int,
+    "images_per_second": float,
+}
 # Held by the process that carries a recipe through the notebooks, and by the rank that trains and writes.
 RUN_LOCK, TRAINING_LOCK = ".run.lock", ".training.lock"
 VERSIONS_OF = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "numpy", "workbench")
@@ -49,6 +62,23 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False, default=str) + "\n"
     with written_whole(path) as part:
         part.write_text(text)
+
+
+def read_json(path: str | os.PathLike, mend: str) -> Any:
+    """Read what `write_json` wrote.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        WorkbenchError: it cannot be read, or could not be written again; its sentence ends with `mend`.
+    """
+    try:
+        value = json.loads(Path(path).read_text())
+        json.dumps(value, allow_nan=False)
+    except FileNotFoundError:
+        raise
+    except (ValueError, RecursionError, OSError) as error:
+        raise WorkbenchError(f"{path} cannot be read ({error}): {mend}.") from None
+    return value
 
 
 def create_run(
@@ -123,18 +153,49 @@ def read_run(folder: str | os.PathLike) -> dict:
     """Read a run's record.
 
     Raises:
-        WorkbenchError: there is no record, or it is not JSON.
+        WorkbenchError: there is no record, or it is not one of a run.
     """
     path = Path(folder) / "run.json"
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path, "it was changed by hand; copy it again, or move the run's folder away")
     except FileNotFoundError:
         raise WorkbenchError(f"There is no run in {folder}: `workbench runs` lists those there are.") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise WorkbenchError(f"The run's record {path} cannot be read ({error}): it was changed by hand.") from None
-    if not isinstance(record, dict):
-        raise WorkbenchError(f"The run's record {path} is no record of a run: it was changed by hand.")
+    try:
+        _check_record(record)
+    except (TypeError, ValueError) as error:
+        raise WorkbenchError(
+            f"The run's record {path} is not one ({error}): it was changed by hand; copy it again, or move the run's "
+            "folder away."
+        ) from None
     return record
+
+
+def _check_record(record: Any) -> None:
+    """Raise a TypeError or ValueError if those who read a run's record could not count on it."""
+    _require(record, dict, "it")
+    for name in ("status", "started", "parameters", "stages"):
+        if name not in record:
+            raise ValueError(f"{name} is missing")
+    for name, kind in _RECORD.items():
+        if name in record:
+            _require(record[name], kind, name)
+    for name, stage in record["stages"].items():
+        _require(stage, dict, name)
+        _require(stage.get("status"), str, f"the status of {name}")
+        _require(stage.get("seconds"), float, f"the seconds of {name}")
+    for host in record.get("hosts", []):
+        _require(host, str, "a host")
+    for name in ("started", "ended"):
+        if record.get(name) is not None and datetime.fromisoformat(record[name]).tzinfo is None:
+            raise ValueError(f"{name} has no time zone")
+
+
+def _require(value: Any, kind: type, name: str) -> None:
+    """Raise a TypeError for a value of another kind; whole numbers pass as numbers, but for enormous ones."""
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not fits or (isinstance(value, int) and abs(value) >= 2**63):
+        kinds = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+        raise TypeError(f"{name} is not {kinds[kind]}")
 
 
 def update_run(folder: str | os.PathLike, **changes: Any) -> dict:
@@ -183,7 +244,7 @@ def open_run(
         if not has_checkpoint(folder):
             raise WorkbenchError(f"The run `{folder.name}` has no complete epoch to resume from: start a new run.")
         return folder
-    if not name or not (folder / "run.json").exists():
+    if not name or not os.path.exists(folder / "run.json"):  # unlike Path's, False for what can be no path
         return create_run(root, name, parameters=parameters)
     if (folder / "history.csv").exists():
         raise WorkbenchError(f"The run `{name}` has been trained already: choose another name, or set `resume`.")
@@ -217,14 +278,30 @@ def find_run(root: str | os.PathLike, name: str = "", *, having: str = "run.json
 
 
 def read_metrics(folder: str | os.PathLike) -> dict:
-    """A run's `metrics.json`, or an empty dictionary as long as it has none; a WorkbenchError if it is broken."""
+    """A run's `metrics.json`, or an empty dictionary as long as it has none.
+
+    Raises:
+        WorkbenchError: it is there and cannot be read, or is not one of metrics.
+    """
     path = Path(folder) / "metrics.json"
     try:
-        metrics = json.loads(path.read_text()) if path.exists() else {}
-    except (ValueError, OSError, RecursionError) as error:
-        raise WorkbenchError(f"{path} cannot be read ({error}): run notebook 04_evaluate on the run again.") from None
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("test", {}), dict):
-        raise WorkbenchError(f"{path} holds no metrics: run notebook 04_evaluate on the run again.")
+        metrics = read_json(path, "run notebook 04 on this run again")
+    except FileNotFoundError:
+        return {}
+    try:
+        _require(metrics, dict, "it")
+        test = metrics.get("test", {})
+        for name in ("mean_auroc", "ci_low", "ci_high"):
+            if test.get(name) is not None:
+                _require(test[name], float, name)
+        _require(test.get("findings", 0), int, "findings")
+        for finding in test.get("undefined", []):
+            _require(finding, str, "undefined")
+        for finding, told in test.get("per_finding", {}).items():
+            if told and told.get("threshold") is not None:
+                _require(told["threshold"], float, f"the threshold of {finding}")
+    except (AttributeError, TypeError) as error:
+        raise WorkbenchError(f"{path} is not one of metrics ({error}): run notebook 04 on this run again.") from None
     return metrics
 
 

@@ -11,7 +11,6 @@ scaling, Guo et al. 2017). Its slope is positive, so it changes no AUROC. It is 
     calibration.write_calibration("results/first/calibration.json", fitted)
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from scipy.special import expit, logit
 
 from workbench import WorkbenchError
 from workbench.analysis import evaluation, resampling
-from workbench.runs import write_json
+from workbench.runs import read_json, write_json
 
 METHODS = ("platt", "temperature")
 _NEAREST = 1e-7  # scores are kept this far from 0 and 1, where the logit has no value
@@ -117,7 +116,7 @@ def read_calibration(path: str | os.PathLike) -> pd.DataFrame:
     """Read what `write_calibration` wrote. Raises a WorkbenchError where it is missing or broken."""
     path = Path(path)
     try:
-        fitted = pd.DataFrame.from_dict(json.loads(path.read_text())["findings"], orient="index")
+        fitted = pd.DataFrame.from_dict(read_json(path, "run notebook 04 again")["findings"], orient="index")
         sound = (fitted["slope"] > 0).all() and np.isfinite(fitted[["slope", "shift"]]).all(axis=None)
         fitted = fitted.astype({"fitted": bool})
     except FileNotFoundError:

@@ -39,7 +39,7 @@ def read_predictions(path: str | os.PathLike) -> tuple[pd.DataFrame, pd.DataFram
         table = pd.read_csv(path, dtype={"image": str})
     except FileNotFoundError:
         raise WorkbenchError(f"There are no predictions at {path}: train a model first (notebook 03).") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (ValueError, OSError) as error:
         raise WorkbenchError(f"{path} is not a CSV file of predictions ({error}): train again to write it.") from None
     names = [name for name in table.columns if name not in ("image", "patient")]
     findings = [name for name in names if not name.endswith("_score")]

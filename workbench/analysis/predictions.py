@@ -22,7 +22,7 @@ def find_files(named: Sequence[str | os.PathLike]) -> list[str]:
     """Files, and of folders the images in them by name; raises a WorkbenchError for a folder without any."""
     found = []
     for name in named:
-        if not Path(name).is_dir():
+        if not os.path.isdir(name):  # unlike Path's, False for what can be no path
             found.append(str(name))
             continue
         try:

@@ -132,6 +132,8 @@ def read_table(folder: str | Path, *, findings: Sequence[str] = FINDINGS) -> pd.
     absent = [name for name in COLUMNS if name not in raw.columns]
     if absent:
         raise WorkbenchError(f"`{path}` has no column {_quote(absent)}: expected NIH's table, with {_quote(COLUMNS)}.")
+    if raw.empty:
+        raise WorkbenchError(f"`{path}` has no row: expected one per image.")
     raw = raw.rename(columns=COLUMNS).sort_values("image", ignore_index=True)
     repeated = raw.loc[raw["image"].duplicated(), "image"]
     if len(repeated):
@@ -165,9 +167,12 @@ def read_boxes(folder: str | Path) -> pd.DataFrame:
         return pd.DataFrame({name: pd.Series(dtype=str if name in names[:2] else float) for name in names})
     # By position: the header spreads `Bbox [x,y,w,h]` over four columns and adds three empty ones.
     try:
-        boxes = pd.read_csv(path, skiprows=1, header=None, usecols=range(6), index_col=False)
+        boxes = pd.read_csv(path, skiprows=1, header=None, usecols=range(6), index_col=False, dtype={0: str, 1: str})
         boxes = boxes.set_axis(names, axis=1).astype(dict.fromkeys(names[2:], float))
-    except ValueError as error:
+        bad = boxes[names[:2]].isna().any(axis=1) | ~np.isfinite(boxes[names[2:]]).all(axis=1)
+        if bad.any():
+            raise ValueError(f"the box in line {bad.idxmax() + 2} lacks a value")
+    except (ValueError, OSError) as error:
         raise WorkbenchError(
             f"`{path}` is not NIH's list of boxes ({error}): expected image, finding, x, y, width, height."
         ) from None
@@ -277,7 +282,7 @@ def _read_labels(labels: pd.Series, path: Path) -> np.ndarray:
 
 def _read_whole_numbers(raw: pd.DataFrame, column: str, path: Path) -> pd.Series:
     numbers = pd.to_numeric(raw[column], errors="coerce")
-    bad = numbers.isna() | (numbers % 1 != 0)
+    bad = numbers.isna() | (numbers % 1 != 0) | (numbers.abs() >= 2**53)
     if bad.any():
         raise WorkbenchError(
             f"`{path}` has the {column} `{raw.loc[bad, column].iloc[0]}` for "
@@ -348,7 +353,10 @@ def read_list(path: Path) -> pd.Series:
     """Read image names, the first word of each line: published lists put labels behind the name."""
     if not path.is_file():
         raise WorkbenchError(f"`{path}` is no file: expected a text file with an image name on each line.")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (ValueError, OSError) as error:
+        raise WorkbenchError(f"`{path}` cannot be read ({error}): save it as text in UTF-8.") from None
     return pd.Series([words[0] for line in lines if (words := line.split())], dtype=str)
 
 

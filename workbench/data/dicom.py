@@ -63,7 +63,12 @@ def decode_dicom(encoded: bytes, path: str | Path) -> np.ndarray:
         height, width = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
         check_pixels(height * width, path)
         stored = dataset.pixel_array
+        if stored.ndim != 2 or not stored.size:
+            raise ValueError(f"pixels of the shape {stored.shape}")
         values = apply_voi_lut(apply_modality_lut(stored, dataset), dataset).astype(np.float64)
+        low, high = _range(dataset, values)
+        if not np.isfinite([low, high, values.min(), values.max()]).all():
+            raise ValueError("a rescaling or window that is not finite")
     except WorkbenchError:
         raise
     except Exception as error:  # pydicom raises many kinds
@@ -71,7 +76,6 @@ def decode_dicom(encoded: bytes, path: str | Path) -> np.ndarray:
         raise WorkbenchError(
             f"`{path}` is a DICOM file whose pixels cannot be read ({said}): export it uncompressed."
         ) from None
-    low, high = _range(dataset, values)
     grey = np.clip((values - low) / max(high - low, 1e-9), 0, 1)
     if kind == "MONOCHROME1":  # here low values are bright
         grey = 1 - grey

@@ -386,7 +386,7 @@ def _claim_folder(folder: Path, plan: str, pixels: dict, todo: list[str]) -> Non
             same = left.get("plan_sha256") == plan or (
                 former.keys() == pixels.keys() and all(former[name] == pixels[name] for name in finished)
             )
-        except (ValueError, AttributeError, TypeError):
+        except (ValueError, AttributeError, TypeError, RecursionError):
             same = False
         if not same:
             raise WorkbenchError(

@@ -104,7 +104,10 @@ def _is_taken(folder: Path) -> bool:
 
 def _return_same(folder: Path, settings: dict) -> Path:
     marker = folder / "synthetic.json"
-    written = json.loads(marker.read_text()) if marker.is_file() else None
+    try:
+        written = json.loads(marker.read_text()) if marker.is_file() else None
+    except (ValueError, RecursionError, OSError):
+        written = None
     if written != settings:
         what = f"the made-up data set of {written}" if written else "something else than a made-up data set"
         raise WorkbenchError(

@@ -116,7 +116,9 @@ def read(folder: Path) -> State:
             if sha256 != _digest(arrays):
                 raise ValueError("its hash is not that of what it holds")
             settings, history = json.loads(str(arrays.pop("settings"))), json.loads(str(arrays.pop("history")))
-            if not (history and all(row["epoch"] for row in history) and set(FIXED) <= set(settings)):
+            # What is no number, and training counts on, raises here.
+            sum(row[name] for row in history for name in ("epoch", "val_loss", "val_auroc", "best"))
+            if not (any(row["best"] for row in history) and {*FIXED, "workers", "batch_size"} <= settings.keys()):
                 raise ValueError("it holds no training")
         except FileNotFoundError:
             continue
@@ -141,14 +143,16 @@ def apply(state: State, settings: Mapping, model, optimizer) -> None:
                 f"The checkpoint is of `{name}` {_text(state.settings[name])} and cannot go on with "
                 f"{_text(settings[name])}: use the same, or start a new run."
             )
-    for kind, variables in _parts(model, optimizer).items():
+    parts = _parts(model, optimizer)
+    for kind, variables in (*parts.items(), ("best", model.weights)):
         values = state._values(kind)
-        if [tuple(v.shape) for v in variables] != [value.shape for value in values]:
+        if [tuple(v.shape) for v in variables] != [value.shape for value in values if value.dtype.kind in "biuf"]:
             raise WorkbenchError(
                 f"The checkpoint holds {len(values)} arrays of the {kind} and {len(variables)} of other shapes are "
                 "needed: it is of another version of the workbench, start a new run."
             )
-        for variable, value in zip(variables, values, strict=True):
+    for kind, variables in parts.items():
+        for variable, value in zip(variables, state._values(kind), strict=True):
             variable.assign(value)
 
 

@@ -7,6 +7,7 @@ config.base_rate(size=2) * config.warmup(epoch=0, step=3, steps=60)
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,6 +29,13 @@ SCALINGS = ("none", "linear", "sqrt")
 COMPRESSIONS = ("none", "fp16")
 CRITERIA = ("auroc", "loss")
 POLICIES = ("raise", "skip")
+_KINDS = {  # by a field's annotation
+    "str": (str, "a text"),
+    "int": (int, "a whole number"),
+    "float": (int | float, "a number"),
+    "bool": (bool, "true or false"),
+    "Sequence[str]": (Sequence, "a list of names"),
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,13 @@ class TrainConfig:
     damaged_limit: int = 10
 
     def __post_init__(self):
+        # A run's record may have been changed by hand.
+        for field in fields(self):
+            kind, told = _KINDS[field.type]
+            value = getattr(self, field.name)
+            _require(isinstance(value, kind), field.name, value, told)
+        names = self.findings
+        _require(all(isinstance(name, str) for name in names), "findings", names, "a list of names")
         _require(self.network in NETWORKS, "network", self.network, f"one of {', '.join(NETWORKS)}")
         _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         _require(self.scaling in SCALINGS, "scaling", self.scaling, f"one of {', '.join(SCALINGS)}")
@@ -97,9 +112,9 @@ class TrainConfig:
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 0, name, value, "a whole number, 0 or more")
         rate = self.learning_rate
-        _require(isinstance(rate, int | float) and math.isfinite(rate) and rate > 0, "learning_rate", rate, "> 0")
+        _require(0 < rate < 1e38, "learning_rate", rate, "> 0, and such that float32 holds it")
         _require(0 < self.plateau_factor < 1, "plateau_factor", self.plateau_factor, "a number between 0 and 1")
-        _require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(0 <= self.warmup_epochs < math.inf, "warmup_epochs", self.warmup_epochs, "0 or more")
 
     @classmethod
     def from_parameters(cls, parameters: Mapping, root: Path = Path()) -> TrainConfig:
@@ -110,6 +125,9 @@ class TrainConfig:
             root: where relative paths among them start.
         """
         chosen = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters}
+        _require("shard_folder" in chosen, "shard_folder", None, "a folder of shards")
+        for name in ("shard_folder", "weights"):
+            _require(isinstance(chosen.get(name, ""), str | os.PathLike), name, chosen.get(name), "a text")
         paths = {"shard_folder": str(root / chosen["shard_folder"])}
         if chosen.get("weights", "none") not in ("imagenet", "none", ""):
             paths["weights"] = str(root / chosen["weights"])

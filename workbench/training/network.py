@@ -20,6 +20,7 @@ from pathlib import Path
 import keras
 
 from workbench import WorkbenchError
+from workbench.data.radiographs import ENCODINGS
 from workbench.training.config import PRECISIONS
 
 _DESCRIPTION = "workbench.json"  # inside the model's file, which is an archive; Keras passes it over
@@ -131,16 +132,31 @@ def describe_network(path: str | os.PathLike) -> dict:
     """What `write_network` added: findings, image_size, stored_size, encoding. Raises a WorkbenchError without it."""
     try:
         with zipfile.ZipFile(path) as file:
-            return json.loads(file.read(_DESCRIPTION))
+            if _DESCRIPTION not in file.namelist():
+                raise WorkbenchError(
+                    f"{path} does not say what it finds, so its outputs could be taken for others: use a model that "
+                    "the workbench trained."
+                )
+            told = json.loads(file.read(_DESCRIPTION))
+        _check_description(told)
     except FileNotFoundError:
         raise WorkbenchError(f"There is no trained model at {path}: train one first (notebook 03).") from None
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except WorkbenchError:
+        raise
+    except Exception as error:  # of a broken file zipfile, zlib and JSON each have their own
         raise WorkbenchError(f"{path} cannot be read ({_first_line(error)}): train again, or copy it again.") from None
-    except KeyError:
-        raise WorkbenchError(
-            f"{path} does not say what it finds, so its outputs could be taken for others: use a model that the "
-            "workbench trained."
-        ) from None
+    return told
+
+
+def _check_description(told) -> None:
+    """Raise one of many kinds for what `write_network` does not write."""
+    if not isinstance(told["findings"], list) or not all(isinstance(name, str) for name in told["findings"]):
+        raise ValueError("`findings` are not names")
+    for name in ("image_size", "stored_size"):
+        if type(told[name]) is not int or not 0 < told[name] < 2**15:
+            raise ValueError(f"`{name}` is no size in pixels")
+    if told["encoding"] not in ENCODINGS or told["stored_size"] < told["image_size"]:
+        raise ValueError("`encoding` or `stored_size` is none")
 
 
 def read_network(path: str | os.PathLike, *, findings: Sequence[str], image_size: int) -> keras.Model:
@@ -159,7 +175,7 @@ def read_network(path: str | os.PathLike, *, findings: Sequence[str], image_size
     try:
         # safe_mode: a model file from elsewhere must not run code.
         model = keras.models.load_model(path, compile=False, safe_mode=True)
-    except (ValueError, OSError, TypeError, KeyError) as error:
+    except Exception as error:  # Keras lets pass what zipfile, h5py and JSON raise
         raise WorkbenchError(f"{path} cannot be read ({_first_line(error)}): train again, or copy it again.") from None
     made_for = (model.input_shape[1:], model.output_shape[-1])
     if made_for != ((image_size, image_size, 1), len(findings)):
@@ -192,7 +208,7 @@ def _load_local(model: keras.Model, features: keras.Model, path: Path) -> None:
             features.load_weights(path)
         else:
             model.load_weights(path)
-    except (ValueError, OSError, TypeError, KeyError) as error:
+    except Exception as error:  # Keras lets pass what zipfile, h5py and JSON raise
         raise WorkbenchError(
             f"The weights in {path} do not fit {model.name} with {model.output_shape[-1]} findings "
             f"({_first_line(error)}): give weights of the same network, or none."
