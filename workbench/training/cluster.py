@@ -29,6 +29,7 @@ from typing import Any
 import ipyparallel
 import psutil
 from traitlets.config import Config
+from traitlets.log import get_logger
 
 from workbench import Interrupted, WorkbenchError
 from workbench.training import postmortem, pulse
@@ -222,7 +223,8 @@ class _Processes:
     def connect(self, workers: int, deadline: float, hang_limit: float) -> tuple[ipyparallel.Client, list[dict]]:
         """Start everything, wait for all ranks, and return the client and what each rank says of itself."""
         self._made.start_cluster_sync()
-        self._client = client = self._made.connect_client_sync()
+        with _signing_unasked():
+            self._client = client = self._made.connect_client_sync()
         stopped_since: dict[int, float] = {}
         answers: dict[int, ipyparallel.AsyncResult] = {}
         while len(answers) < workers or not all(answer.ready() for answer in answers.values()):
@@ -451,6 +453,18 @@ def _show_output(rank: int, text: str, *, final: bool) -> int:
     for line in whole.splitlines():
         print(f"[rank {rank}] {line}", flush=True)
     return len(whole)
+
+
+@contextmanager
+def _signing_unasked() -> Iterator[None]:
+    """Connections that are encrypted and authenticated need no signed messages; jupyter_client warns all the same."""
+    log, told = get_logger(), "Message signing is disabled"
+    passes = lambda record: told not in record.getMessage()  # noqa: E731
+    log.addFilter(passes)
+    try:
+        yield
+    finally:
+        log.removeFilter(passes)
 
 
 @contextmanager
