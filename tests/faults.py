@@ -54,7 +54,6 @@ INSIDE = {
 # From outside, after a time:
 OUTSIDE = {
     "kill a rank": r"Rank {rank} on \S+ died: it was ended by signal 9",
-    "terminate a rank": r"Rank {rank} on \S+ died: it was ended by signal 15",
     "stop a rank": r"Rank {rank} on \S+ has given no sign of life",
     "kill mpiexec": r"workers are gone|Rank \d on \S+ died",
     "kill mpiexec's guard": r"workers are gone|Rank \d on \S+ died",
@@ -163,7 +162,6 @@ def strike_from_outside(ranks: cluster.Workers, fault: Fault, began: threading.E
     (mpiexec,), (controller,) = mpi_guard.children(), controller_guard.children()
     target, number = {
         "kill a rank": (of_rank[fault.rank], signal.SIGKILL),
-        "terminate a rank": (of_rank[fault.rank], signal.SIGTERM),
         "stop a rank": (of_rank[fault.rank], signal.SIGSTOP),
         "kill mpiexec": (mpiexec, signal.SIGKILL),
         "kill mpiexec's guard": (mpi_guard, signal.SIGKILL),
@@ -302,6 +300,8 @@ def history(folder: Path) -> pd.DataFrame:
 
 def run_attempt(asked: dict) -> None:
     """In a process of its own: one attempt, whose end is printed as a line of JSON."""
+    # A shell makes what it starts in the background deaf to it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     fault, folder = Fault(**asked["fault"]), Path(asked["folder"])
 
     def tell(kind: str, said: str) -> None:

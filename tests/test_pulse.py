@@ -79,6 +79,13 @@ def test_a_rank_that_computes_is_given_ten_times_as_long():
     assert watch_of(waiting, compiling, seconds=320)[1] == 1
 
 
+def test_a_rank_that_waits_busily_buys_no_time_for_the_one_that_hangs():
+    """Open MPI looks for messages all the time, and on an idle machine that looks like computing."""
+    polling = lambda now: waiting(now) | {"cpu": float(now)}  # noqa: E731
+    hanging = lambda now: sign(now + 1, min(now, 4) + 1)  # noqa: E731
+    assert watch_of(polling, hanging)[:2] == (5 + LIMIT + 1, 1)
+
+
 def test_what_says_that_it_takes_long_is_believed():
     downloading = lambda now: sign(now + 1, 1, patience=5)  # noqa: E731
     assert watch_of(waiting, downloading, seconds=150) is None

@@ -134,7 +134,7 @@ def test_lists_boxes_and_table_are_checked(raw):
     first = lists["test_list.txt"].split()[0]
     (raw / "train_val_list.txt").write_text(lists["train_val_list.txt"] + first + "\nnobody.png\n")
     boxes = (raw / "BBox_List_2017.csv").read_text()
-    (raw / "BBox_List_2017.csv").write_text(boxes + f"{first},Cough,1,2,3,4\nnobody.png,Mass,1,2,-3,nan\n")
+    (raw / "BBox_List_2017.csv").write_text(boxes + f"{first},Cough,1,2,3,4\nnobody.png,Mass,1,2,-3,4\n")
     told = lines_of(raw)
     text = "\n".join(told)
     assert "test_list.txt` has 1 images that are in train_val_list.txt too, such as `" + first in text
@@ -165,3 +165,14 @@ def test_a_folder_of_neither_is_refused(tmp_path, capsys):
         verify.verify_folder(tmp_path)
     assert cli.main(["verify", str(tmp_path / "gone")]) == 1
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_of_many_absent_images_the_first_are_named_and_the_others_counted(raw, monkeypatch):
+    monkeypatch.setattr(verify, "MOST_ABSENT", 2)
+    images = sorted((raw / "images").iterdir())
+    for path in images[-5:]:
+        path.unlink()
+    lines = [line for line in lines_of(raw) if "on the disk" in line or "not there either" in line]
+    assert lines[:2] == [f"`{path.name}` of the table is not on the disk" for path in images[-5:-3]]
+    assert lines[2].startswith(f"3 more images of the table, from `{images[-3].name}` to `{images[-1].name}`")
+    assert len(lines) == 3

@@ -161,13 +161,16 @@ class Watch:
             seconds = now - min(known.at for known in silent.values())
             last = "" if rank is None else f", last at {silent[rank].told()}"
             return rank, f"has given no sign of life for {seconds:.0f} s: stopped, or its host cannot be reached{last}"
-        still = min((known.still(now) for known in ranks.values()), default=0.0)
-        busy = any(known.busy(now) for known in ranks.values())
-        patience = PATIENCE if busy else max((known.sign["patience"] for known in ranks.values()), default=1)
+        if not ranks:
+            return None
+        # Who waits in an exchange has done its part, even if waiting takes its processor.
+        behind = {rank: known for rank, known in ranks.items() if not known.sign["exchanging"]} or ranks
+        still = min(known.still(now) for known in ranks.values())
+        busy = any(known.busy(now) for known in behind.values())
+        patience = PATIENCE if busy else max(known.sign["patience"] for known in behind.values())
         if still <= self.limit * patience:
             return None
-        # Who waits in an exchange has done its part; of the others, who has come least far.
-        behind = {rank: known for rank, known in ranks.items() if not known.sign["exchanging"]} or ranks
+        # Of the others, who has come least far.
         least = min(known.sign["beats"] for known in behind.values())
         behind = {rank: known for rank, known in behind.items() if known.sign["beats"] == least}
         rank = next(iter(behind)) if len(behind) == 1 < len(ranks) else None
