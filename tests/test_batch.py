@@ -1,6 +1,8 @@
 """Recipes through notebooks, on small notebooks of our own: order, parameters, failures, resuming."""
 
+import os
 import shutil
+import subprocess
 from itertools import pairwise
 
 import nbformat
@@ -86,6 +88,31 @@ def test_a_failed_stage_keeps_its_notebook_and_is_taken_up_again(root):
     assert runs.read_run(folder)["status"] == "finished"
     with pytest.raises(WorkbenchError, match="`twice` is finished: nothing is left"):
         batch.resume_run(root, "twice")
+
+
+@pytest.mark.notebooks
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_that_fills_up_is_a_sentence_and_the_run_goes_on_when_there_is_room(root):
+    path = root / "notebooks" / "02_write_shards.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    fill = "import contextlib\nwith contextlib.suppress(OSError), open('../results/ballast', 'ab') as file:\n"
+    fill += "    while full and file.write(bytes(512)): file.flush()"
+    notebook.cells[1].source += "full = True  # whether to fill the disk\n"
+    notebook.cells.append(new_code_cell(fill))
+    nbformat.write(notebook, path)
+    results = root / "results"
+    results.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", results], check=True)
+    try:
+        said = r"cannot be written \(No space left on device\).* go on"
+        with pytest.raises(WorkbenchError, match=said):
+            batch.run_recipe(root, "mine", name="full")
+        (results / "ballast").unlink()
+        folder = batch.resume_run(root, "full", overrides={"full": False})
+        assert runs.read_run(folder)["status"] == "finished"
+        assert len((folder / "told.txt").read_text().splitlines()) == 6
+    finally:
+        subprocess.run(["umount", "-l", results], check=True)
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,12 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str], afte
                 _execute_notebook(root, folder, stage, given, interrupts)
         except BaseException as error:
             stopped = bool(interrupts.asked)
+            if isinstance(error, OSError) and not stopped:
+                # A full disk, most often, on which the record could not be changed either.
+                raise WorkbenchError(
+                    f"{stage} cannot be written ({error.strerror or error}): make room or allow writing in {folder}, "
+                    f"and go on with `workbench run --resume {folder.name}`."
+                ) from None
             seconds = round(before + time.monotonic() - began, 1)
             status = "interrupted" if stopped else "failed"
             runs.update_run(
