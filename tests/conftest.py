@@ -1,12 +1,15 @@
 """Fixtures that several test modules share: a small data set, its shards, and clusters of real MPI ranks."""
 
 import os
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# A shell makes what it starts in the background deaf to Ctrl-C, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The workers import the functions that tests run on them from here.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 

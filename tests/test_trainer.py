@@ -403,6 +403,6 @@ print(trainer.weights_digest(model))
 def test_two_processes_compute_the_same_step_to_the_last_bit():
     """TensorFlow's memory optimiser would add up the gradients of dense blocks in an order of each process's own."""
     command = [sys.executable, "-c", GRADIENTS]
-    told = {subprocess.run(command, capture_output=True, text=True, timeout=200).stdout for _ in range(3)}
+    told = {subprocess.run(command, capture_output=True, text=True, timeout=200).stdout for _ in range(2)}
     assert len(told) == 1
     assert len(told.pop().strip()) == 64
