@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# A shell makes what it starts in the background deaf to Ctrl-C, which some tests send.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 # The workers import the functions that tests run on them from here.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
@@ -17,6 +15,11 @@ from workbench import runs
 from workbench.data import chestxray14, shards, synthetic
 from workbench.training import cluster
 from workbench.training.config import TrainConfig
+
+
+def pytest_configure():
+    """A shell makes what it starts in the background deaf to Ctrl-C, which some tests send."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
