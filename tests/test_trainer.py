@@ -138,7 +138,7 @@ def test_two_epochs_and_two_more_are_four(ranks, tiny_config, new_run):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(ranks, tiny_config, new_run):
     said = r"became infinite or not a number in step \d+ of epoch 1 on rank 0"
     with pytest.raises(WorkbenchError, match=said):
-        train(ranks, 1, replace(tiny_config, learning_rate=1e38), new_run())
+        train(ranks, 1, replace(tiny_config, learning_rate=9e37), new_run())
 
 
 def test_training_in_one_process_without_mpi(tiny_config, new_run):
