@@ -242,7 +242,8 @@ def unpack(archive: str | os.PathLike, target: str | os.PathLike, *, stop: Event
         os.sync()
         os.replace(part, target)
         _flush(target.parent)
-    except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError) as error:
+    # Python 3.11.2 answers damaged gzip with an AttributeError of its own.
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError, AttributeError) as error:
         raise WorkbenchError(f"{archive} is damaged and cannot be unpacked ({error}): remove it.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
