@@ -293,6 +293,13 @@ def test_the_last_digit_counts(tmp_path, changed, told):
         ("predictions-test.csv", "image,patient,Mass,Mass_score\na.png,1,1,0.125\nb.png,2,1,0.25\n", "other labels"),
         ("predictions-test.csv", b"\xff\xfe\x00", "predictions-test.csv: cannot be read"),
         ("metrics.json", "[1]", "metrics.json: cannot be read"),
+        ("metrics.json", "[" * 100_000, "metrics.json: cannot be read"),
+        ("metrics.json", '{"test": {"mean_auroc": NaN}}', "metrics.json: cannot be read"),
+        (
+            "predictions-test.csv",
+            "image,patient,Mass,Mass_score\na.png,1,0,inf\nb.png,2,1,0.25\n",
+            "predictions-test.csv: cannot be read",
+        ),
         ("metrics.json", '{"test": {"mean_auroc": null}}', "metrics.json: 2 of 2 figures differ"),
         ("metrics.json", None, "metrics.json: only one of the two runs has it"),
     ],

@@ -292,3 +292,18 @@ def test_the_project_s_root_can_be_named(tmp_path, monkeypatch):
     assert runs.project_root() == tmp_path
     monkeypatch.delenv("WORKBENCH_ROOT")
     assert (runs.project_root() / "workbench" / "runs.py").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"shard,record\nx,1\n", b"shard,image\nx\n"])
+def test_a_list_of_skipped_images_that_is_none_is_named(tmp_path, content):
+    assert runs.skipped_images(tmp_path) == []
+    (tmp_path / "skipped.csv").write_bytes(b"shard,image\nx,a.png\n")
+    assert runs.skipped_images(tmp_path) == ["a.png"]
+    (tmp_path / "skipped.csv").write_bytes(content)
+    with pytest.raises(WorkbenchError, match=r"skipped\.csv cannot be read"):
+        runs.skipped_images(tmp_path)
+
+
+def test_a_record_moves_no_cursor(tmp_path):
+    runs.create_run(tmp_path, "first", recipe="\x1b[2Jmine")
+    assert runs.list_runs(tmp_path)["recipe"][0] == " [2Jmine"

@@ -479,3 +479,47 @@ def test_a_full_disk_is_told_and_what_is_finished_is_kept(frame, tmp_path):
         shards.verify_shards(disk / "set")
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("0,0", "9,0", "line 2 another `row`"),
+        (",train,", ",tray,", "a split or a shard that is not in info.json"),
+        ("train-00000-of", "../train-00000-of", "a split or a shard that is not in info.json"),
+        (",40,", ",old,", "an? age that is no number"),
+        (".png,", ".png\xff,", "cannot be read"),
+        ("\n1,", "\n1e30,", "cannot be read"),
+    ],
+)
+def test_a_table_of_images_with_wrong_cells_is_named(copy, before, after, said):
+    text = (copy / "images.csv").read_text()
+    assert before in text
+    (copy / "images.csv").write_text(text.replace(before, after, 1), encoding="latin-1")
+    with pytest.raises(WorkbenchError, match=rf"images\.csv` .*{said}"):
+        shards.read_images(copy)
+
+
+@pytest.mark.parametrize("lost", ["image", "row", "pixels", "place"])
+def test_records_that_lack_something_are_named(copy, lost):
+    import tensorflow as tf
+
+    path = copy / "val-00000-of-00001.tfrecord"
+    records = [record.numpy() for record in tf.data.TFRecordDataset(str(path))]
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for record in records:
+            example = tf.train.Example.FromString(record)
+            if lost == "pixels":
+                example.features.feature["image"].bytes_list.value[0] = b"too few"
+            elif lost == "place":
+                example.features.feature["row"].int64_list.value[0] = 10**9
+            else:
+                del example.features.feature[lost]
+            writer.write(example.SerializeToString())
+    with pytest.raises(
+        WorkbenchError, match=r"cannot be read|holds an image that cannot be decoded|holds records that"
+    ):
+        shards.read_examples(copy, "val", 2)
+    image = shards.read_images(copy).set_index("split").loc["val", "image"].iloc[0]
+    with pytest.raises(WorkbenchError, match=r"is damaged in .*val-00000|val-00000.* holds an image that cannot"):
+        shards.read_radiographs(copy, [image])

@@ -176,3 +176,11 @@ def test_of_many_absent_images_the_first_are_named_and_the_others_counted(raw, m
     assert lines[:2] == [f"`{path.name}` of the table is not on the disk" for path in images[-5:-3]]
     assert lines[2].startswith(f"3 more images of the table, from `{images[-3].name}` to `{images[-1].name}`")
     assert len(lines) == 3
+
+
+def test_what_a_file_holds_moves_no_cursor(raw):
+    path = raw / "train_val_list.txt"
+    path.write_text(path.read_text() + "\x1b[2Jghost.png\n")
+    told = lines_of(raw)
+    assert any("ghost.png" in line for line in told)
+    assert all(line.isprintable() for line in told)

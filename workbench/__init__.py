@@ -10,6 +10,12 @@ Importing this package imports nothing heavy; each wing is imported by its own n
 __version__ = "0.1.0"
 
 
+def one_line(text: str) -> str:
+    """A text to be shown that quotes a file or a library: without its line ends, control codes and megabytes."""
+    said = "".join(character if character.isprintable() else " " for character in text)
+    return said if len(said) <= 2000 else f"{said[:1200]} … {said[-600:]}"
+
+
 class WorkbenchError(Exception):
     """An error that a user can cause and mend, told in one sentence.
 
@@ -18,9 +24,7 @@ class WorkbenchError(Exception):
     """
 
     def __str__(self) -> str:
-        # What it quotes of a file or a library may hold line ends, a terminal's control codes, or megabytes.
-        said = "".join(character if character.isprintable() else " " for character in super().__str__())
-        return said if len(said) <= 2000 else f"{said[:1200]} … {said[-600:]}"
+        return one_line(super().__str__())
 
     def _render_traceback_(self) -> list[str]:
         # IPython asks an exception for this; in a notebook the sentence says more than the stack.

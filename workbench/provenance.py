@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -213,7 +214,7 @@ def compare_results(first: str | os.PathLike, second: str | os.PathLike) -> dict
                 said, gap = _compare_predictions(first / name, second / name)
                 told += said
                 gaps += [gap] if gap is not None else []
-        except (ValueError, OSError, TypeError, KeyError, AttributeError):
+        except (ValueError, OSError, TypeError, KeyError, AttributeError, RecursionError):
             told.append(f"{name}: cannot be read in one of the two runs")
     if not compared:
         told.append("nothing to compare: one of the two runs has no results")
@@ -246,7 +247,7 @@ def _compare_predictions(first: Path, second: Path) -> tuple[list[str], float | 
     told = [] if before.drop(columns=scores).equals(after.drop(columns=scores)) else [f"{name}: other labels"]
     if before[scores].equals(after[scores]):
         return told, 0.0
-    gap = float((before[scores].map(float) - after[scores].map(float)).abs().max().max())
+    gap = _finite((before[scores].map(float) - after[scores].map(float)).abs().max(skipna=False).max(skipna=False))
     return [*told, f"{name}: scores differ by up to {gap:.3g}"], gap
 
 
@@ -256,11 +257,18 @@ def _compare_metrics(first: Path, second: Path) -> tuple[list[str], float | None
     old, new = ({name: value for name, value in _leaves(told) if name[:1] != ("split",)} for told in (before, after))
     other = [name for name in {**old, **new} if name not in old or name not in new or old[name] != new[name]]
     means = [told["test"]["mean_auroc"] for told in (before, after)]
-    gap = None if None in means else means[1] - means[0]
+    gap = None if None in means else _finite(means[1] - means[0])
     if not other:
         return [], gap
     told = f"metrics.json: {len(other)} of {len({**old, **new})} figures differ, such as {'.'.join(map(str, other[0]))}"
     return [told + ("" if gap is None else f"; mean test AUROC by {gap:+.3g}")], gap
+
+
+def _finite(number: float) -> float:
+    """The number as a record may hold it; a ValueError for what no score or AUROC is."""
+    if not math.isfinite(number):
+        raise ValueError("not finite")
+    return float(number)
 
 
 def _leaves(value: Any, name: tuple = ()) -> Iterator[tuple[tuple, Any]]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench import WorkbenchError, batch, provenance, runs
+from workbench import WorkbenchError, batch, one_line, provenance, runs
 from workbench.data import chestxray14, shards
 from workbench.training import cluster
 
@@ -130,9 +130,9 @@ def tell(plan: Plan) -> None:
     else:
         print(f"Nothing differs from the run {plan.source.name}, started {started}.")
     for phrase in plan.differences:
-        print(f"  {phrase}")
+        print(f"  {one_line(phrase)}")
     for phrase in plan.notes:
-        print(f"  ({phrase})", flush=True)
+        print(f"  ({one_line(phrase)})", flush=True)
 
 
 def finish(folder: Path) -> None:

@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from workbench import WorkbenchError, provenance
+from workbench import WorkbenchError, one_line, provenance
 from workbench.files import held, is_held, written_whole
 
 # What entries of a record are, where they are there; those who read it count on that.
@@ -306,12 +306,22 @@ def read_metrics(folder: str | os.PathLike) -> dict:
 
 
 def skipped_images(folder: str | os.PathLike) -> list[str]:
-    """The images that a run left out of training and predictions, as damaged: those of its `skipped.csv`, if any."""
+    """The images that a run left out of training and predictions, as damaged: those of its `skipped.csv`, if any.
+
+    Raises:
+        WorkbenchError: it cannot be read, or has a line without an image.
+    """
     path = Path(folder) / "skipped.csv"
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return [row["image"] for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="") as file:
+            names = [row.get("image") for row in csv.DictReader(file)]
+        if None in names:
+            raise ValueError(f"line {names.index(None) + 2} names no image")
+    except (ValueError, OSError, csv.Error) as error:
+        raise WorkbenchError(f"{path} cannot be read ({error}): copy it again, or train again.") from None
+    return names
 
 
 def list_runs(root: str | os.PathLike):
@@ -340,7 +350,7 @@ def list_runs(root: str | os.PathLike):
 def _row(folder: Path) -> dict:
     """A run's row of `list_runs`; raises one of several errors if the record is of other kinds than we write."""
     record, metrics = read_run(folder), read_metrics(folder)
-    texts = {name: str(record.get(name) or "") for name in ("recipe", "status", "started")}
+    texts = {name: one_line(str(record.get(name) or "")) for name in ("recipe", "status", "started")}
     if texts["status"] == "running" and not is_written(folder):
         texts["status"] = "broken off"
     numbers = {

@@ -134,7 +134,7 @@ def _sentence(folder: Path, shard: dict, wrong_ones: dict[int, str]) -> str:
     try:
         table = shards.read_images(folder)
         names = table.loc[table["shard"] == shard["file"], "image"].tolist()
-    except (OSError, ValueError, KeyError):
+    except WorkbenchError:
         names = []
     told = shards.describe_records(wrong_ones, shard["images"], names if len(names) == shard["images"] else None)
     return (

@@ -167,19 +167,34 @@ def read_images(folder: str | Path) -> pd.DataFrame:
     """Read `images.csv`: row, image, patient, …, split, shard, then the findings; in the records' order.
 
     Raises:
-        WorkbenchError: it is missing, cannot be read, or lacks a column.
+        WorkbenchError: it is missing, cannot be read, or lacks a column; or a row of it is none that was written.
     """
-    path, findings = Path(folder) / "images.csv", read_info(folder)["findings"]
+    path, info = Path(folder) / "images.csv", read_info(folder)
+    findings, files = info["findings"], [shard["file"] for split in SPLITS for shard in info["splits"][split]["shards"]]
     if not path.is_file():
         raise WorkbenchError(f"`{path}` is missing: write the shards again, or copy this file again.")
     kinds = {"row": np.int64, "image": str, "sex": str, "view": str} | dict.fromkeys(findings, np.uint8)
     try:
         table = pd.read_csv(path, dtype=kinds)
-    except (ValueError, OSError) as error:
+    except (ValueError, OverflowError, OSError) as error:
         raise WorkbenchError(f"`{path}` cannot be read ({error}): write the shards again.") from None
     absent = [name for name in ("row", "image", "patient", "split", "shard", *findings) if name not in table]
     if absent:
         raise WorkbenchError(f"`{path}` has no column `{absent[0]}`: write the shards again, or copy this file again.")
+    for wrong, told in (
+        (table["image"].isna() | table["image"].duplicated(), "no name, or one that another row has"),
+        (table["row"] != np.arange(len(table)), "another `row` than its place, counted from 0"),
+        (~table["split"].isin(SPLITS) | ~table["shard"].isin(files), "a split or a shard that is not in info.json"),
+        ((table[findings] > 1).any(axis=1), "a label other than 0 and 1"),
+    ):
+        if wrong.any():
+            line = int(wrong.argmax()) + 2
+            raise WorkbenchError(
+                f"`{path}` has in line {line} {told}: write the shards again, or copy this file again."
+            )
+    for name in ("patient", "age"):
+        if name in table and not pd.api.types.is_numeric_dtype(table[name]):
+            raise WorkbenchError(f"`{path}` has a {name} that is no number: write the shards again, or copy this file.")
     return table
 
 
@@ -250,8 +265,11 @@ def examine_shard(
                 wrong = f"holds {len(its_labels)} labels instead of {len(info['findings'])}"
             elif labels is not None and its_labels != labels[number].tobytes():
                 wrong = "holds other labels than images.csv"
-            elif decode and not _decodes(image, info):
-                wrong = "holds an image that cannot be decoded"
+            elif decode:
+                try:
+                    _decode(Path(folder) / shard["file"], image, info)
+                except WorkbenchError:
+                    wrong = "holds an image that cannot be decoded"
         if wrong:
             wrong_ones[number] = wrong
     return wrong_ones
@@ -263,12 +281,15 @@ def read_examples(folder: str | Path, split: str, count: int) -> tuple[np.ndarra
     images, rows = [], []
     for shard in _split_of(info, split)["shards"]:
         for encoded, _, row in read_records(folder / shard["file"], count - len(images)):
-            images.append(decode_radiograph(encoded, info["encoding"], info["image_size"]))
+            images.append(_decode(folder / shard["file"], encoded, info))
             rows.append(row)
         if len(images) == count:
             break
+    table = read_images(folder)
+    if not set(rows) <= set(table["row"]):
+        raise WorkbenchError(f"`{folder}` holds records that its images.csv does not have: write the shards again.")
     shape = (len(images), info["image_size"], info["image_size"])
-    return np.array(images, np.uint8).reshape(shape), read_images(folder).iloc[rows]
+    return np.array(images, np.uint8).reshape(shape), table.iloc[rows]
 
 
 def read_radiographs(folder: str | Path, images: Sequence[str]) -> np.ndarray:
@@ -294,7 +315,7 @@ def read_radiographs(folder: str | Path, images: Sequence[str]) -> np.ndarray:
                 raise WorkbenchError(
                     f"`{name}` is damaged in `{folder / file}`: copy that file again, or write the shards again."
                 )
-            pixels[name] = decode_radiograph(found[row], info["encoding"], info["image_size"])
+            pixels[name] = _decode(folder / file, found[row], info)
     shape = (len(images), info["image_size"], info["image_size"])
     return np.array([pixels[image] for image in images], np.uint8).reshape(shape)
 
@@ -527,11 +548,14 @@ def differs(path: Path, sha256: str | None) -> str:
         return f"cannot be read ({error.strerror})"
 
 
-def _decodes(image: bytes, info: dict) -> bool:
+def _decode(path: Path, image: bytes, info: dict) -> np.ndarray:
     try:
-        return decode_radiograph(image, info["encoding"], info["image_size"]).shape == (info["image_size"],) * 2
-    except Exception:  # Pillow raises many kinds
-        return False
+        pixels = decode_radiograph(image, info["encoding"], info["image_size"])
+        if pixels.shape != (info["image_size"],) * 2:
+            raise ValueError(f"{pixels.shape} pixels")
+    except Exception as error:  # Pillow raises many kinds
+        raise WorkbenchError(f"`{path}` holds an image that cannot be decoded ({error}): write it again.") from None
+    return pixels
 
 
 def _split_of(info: dict, split: str) -> dict:

@@ -13,7 +13,7 @@ from typing import TextIO
 import pandas as pd
 from tqdm import tqdm
 
-from workbench import WorkbenchError
+from workbench import WorkbenchError, one_line
 from workbench.data import chestxray14, radiographs, shards
 from workbench.data.processes import in_order
 
@@ -58,7 +58,7 @@ def verify_folder(
             checked = line
             continue
         counts[sort] += 1
-        tell(line if sort == "bad" else f"remark: {line}")
+        tell(one_line(line if sort == "bad" else f"remark: {line}"))
     tell(f"{folder}: {checked} checked, {counts['bad']:,} bad{'' if counts['bad'] else '; all is well'}")
     return {"kind": kind, "bad": counts["bad"], "remarks": counts["remark"]}
 
