@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from workbench import WorkbenchError
 from workbench.training.config import COMPRESSIONS
-from workbench.training.pulse import exchange
+from workbench.training.pulse import exchange, uncounted
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def start(threads: int = 0) -> World:
         # Horovod: imported only where MPI runs, so that one process needs neither.
         import horovod.tensorflow as hvd
 
-        with exchange():
+        with exchange(), uncounted():
             hvd.init()
         _hvd = hvd
         world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), threads)
