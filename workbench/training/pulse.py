@@ -82,8 +82,8 @@ def told(publish: Callable[[dict], None]) -> Iterator[None]:
     """Publish a sign at once and every second until the block ends.
 
     A sign has `number` (of the sign), `beats` (so far), `doing`, `patience`, `at` (file, line and function of this
-    package that the calling thread is in) and `cpu` (user seconds of all threads but `uncounted` ones). While the block runs, SIGINT asks
-    this rank to stop at its next beat.
+    package that the calling thread is in) and `cpu` (user seconds, without `uncounted`
+    threads). While the block runs, SIGINT asks this rank to stop at its next beat.
     """
     global _asked_to_stop
     ended, here = threading.Event(), threading.get_ident()
