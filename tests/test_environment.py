@@ -160,13 +160,14 @@ BELOW = {
     "__init__": set(),
     "files": set(),
     "data": {"files"},
+    "machine": set(),
     "provenance": set(),
     "runs": {"files", "provenance"},
     "analysis": {"runs"},
     "report": {"files", "runs"},
     "training": {"data", "files", "runs"},
 }
-ON_TOP = {"__main__", "batch", "cli", "doctor", "rerun"}
+ON_TOP = {"__main__", "batch", "cli", "doctor", "forecast", "plan", "preflight", "rerun"}
 ONLY_IN = {"horovod": "training/distributed.py", "ipyparallel": "training/cluster.py", "papermill": "batch.py"}
 HEAVY = {"horovod", "ipyparallel", "keras", "matplotlib", "pandas", "papermill", "sklearn", "tensorflow"}
 MADE_FOR_TENSORFLOW = {"horovod", "keras", "tensorflow"}

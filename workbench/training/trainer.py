@@ -184,31 +184,40 @@ def _write_model(folder: Path, model: keras.Model, info: dict) -> None:
 
 
 @skipping.damaged_records
-def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3) -> dict:
+def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3, limit: float = math.inf) -> dict:
     """Time training steps on the real shards, input included, without keeping anything.
 
     Args:
         config: as for `train`.
         steps: how many steps are timed, one by one; epochs follow each other as far as needed.
         warmup: untimed steps before them (the first one compiles).
+        limit: seconds that the timed steps may take in all; there are fewer of them then, but at least one.
 
     Returns:
-        On every rank: world_size and images_per_second over all ranks, one value per timed step.
+        On every rank: world_size, images_per_second over all ranks, one value per timed step, and this rank's
+        first_step_seconds (NaN without a step of warm-up).
     """
     world = distributed.start(config.threads)
     info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
     model, optimizer = _build(config, len(info["findings"]), world)
     train_step, batches, seconds = build_train_step(model, optimizer), _endless(config, world), []
-    for step in range(warmup + steps):
-        beat(f"measuring step {step + 1}")
+    while len(seconds) < warmup + steps:
+        beat(f"measuring step {len(seconds) + 1}")
         began = time.perf_counter()
         with exchange():
             float(train_step(*next(batches)))
-        if step >= warmup:
-            seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - began)
+        if len(seconds) == warmup + 1 and limit < math.inf:
+            # Horovod: all ranks do as many steps, by the one that was slowest.
+            slowest = float(distributed.gather(np.array(seconds[-1:])).max())
+            steps = max(1, min(steps, int(limit / slowest)))
     # Horovod: a step ends when its slowest rank does.
-    slowest = distributed.gather(np.array([seconds])).max(axis=0)
-    return {"world_size": world.size, "images_per_second": (config.batch_size * world.size / slowest).tolist()}
+    slowest = distributed.gather(np.array([seconds[warmup:]])).max(axis=0)
+    return {
+        "world_size": world.size,
+        "images_per_second": (config.batch_size * world.size / slowest).tolist(),
+        "first_step_seconds": seconds[0] if warmup else math.nan,
+    }
 
 
 def _check_validation(config: TrainConfig, info: dict) -> None:
