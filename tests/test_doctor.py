@@ -12,7 +12,7 @@ import rigs
 from rigs import slurm
 
 from workbench import doctor, machine
-from workbench.doctor import Check
+from workbench.findings import Check, reading_check, show
 
 CPU = {"tensorflow": "2.18.1", "keras": "3.15.1", "cuda": False, "gpus": []}
 GPU = CPU | {"cuda": True, "gpus": ["NVIDIA H100", "NVIDIA H100"]}
@@ -52,7 +52,7 @@ def test_checks_are_a_list_and_a_missing_tensorflow_is_told(monkeypatch):
 def test_long_findings_are_folded_to_the_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     path = "/data/" + "long/" * 20
-    doctor.show([Check("Disk", "warning", "words " * 30 + path, "and so " * 20)])
+    show([Check("Disk", "warning", "words " * 30 + path, "and so " * 20)])
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("warning  Disk        words words")
     assert any(path in line for line in lines)
@@ -140,19 +140,19 @@ def test_reading_is_cold_and_told_against_what_training_needs(tmp_path):
         opened.read()
         assert machine.cached_bytes(opened.fileno()) == file.stat().st_size
     if reading.cached < 0.02:  # a file system in memory cannot let go of its pages
-        check = doctor.reading_check(tmp_path, [file], image_bytes=1000, needed=1)
+        check = reading_check(tmp_path, [file], image_bytes=1000, needed=1)
         assert "MB/s (cold; 21 MB read)" in check.found
         assert "images/s; training takes 1" in check.found
         assert (check.status, check.advice) == ("ok", "")
-    slow = doctor.reading_check(tmp_path, [file], image_bytes=2**40, needed=10)
+    slow = reading_check(tmp_path, [file], image_bytes=2**40, needed=10)
     assert (slow.status, "disk of this host" in slow.advice) == ("warning", True)
 
 
 def test_shards_that_cannot_be_read_are_told(tmp_path):
-    gone = doctor.reading_check(tmp_path, [tmp_path / "gone.tfrecord"])
+    gone = reading_check(tmp_path, [tmp_path / "gone.tfrecord"])
     assert (gone.status, gone.found) == ("failed", f"{tmp_path}: No such file or directory")
     (tmp_path / "empty.tfrecord").touch()
-    assert doctor.reading_check(tmp_path, [tmp_path / "empty.tfrecord"]).status == "failed"
+    assert reading_check(tmp_path, [tmp_path / "empty.tfrecord"]).status == "failed"
 
 
 def test_without_slurm_one_line_says_so_without_alarm(monkeypatch, tmp_path):

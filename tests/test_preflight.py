@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from workbench import WorkbenchError, batch, cli, forecast, machine, plan, preflight, runs
+from workbench import WorkbenchError, batch, cli, forecast, plan, preflight, runs
 from workbench.data import chestxray14, pipeline, shards, synthetic
 from workbench.training import cluster
-from workbench.training.config import TrainConfig
 
 OWN = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -85,8 +84,9 @@ def test_the_numbers_are_the_same_before_and_after_data_and_shards_are_written(r
 
 
 def test_shards_of_other_settings_are_refused_as_notebook_02_does(written):
-    assert look(written)["Shards"].status == "ok"
-    check = look(written, seed=1)["Shards"]
+    same, other = (plan.plan_recipe(written, "synthetic", overrides=SMALL | {"seed": seed}) for seed in (0, 1))
+    assert preflight._shards(same).status == "ok"
+    check = preflight._shards(other)
     assert (check.status, "--from 03" in check.advice) == ("failed", True)
     frame = chestxray14.read_dataset(written / SMALL["data_folder"], validation_fraction=0.25, seed=1)
     with pytest.raises(WorkbenchError, match="already holds shards of other"):
@@ -95,9 +95,10 @@ def test_shards_of_other_settings_are_refused_as_notebook_02_does(written):
 
 def test_shards_without_their_raw_data_are_enough(written):
     shutil.rmtree(written / SMALL["data_folder"])
-    checks = look(written, synthetic_patients=0)
-    assert (checks["Data"].status, checks["Shards"].status) == ("warning", "ok")
-    assert "--from 03" in checks["Data"].advice
+    planned = plan.plan_recipe(written, "synthetic", overrides=SMALL | {"synthetic_patients": 0})
+    check = preflight._data(planned)
+    assert (check.status, preflight._shards(planned).status) == ("warning", "ok")
+    assert "--from 03" in check.advice
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 99])
@@ -120,8 +121,11 @@ def test_what_does_not_fit_is_said_and_nothing_is_timed(written):
     place = preflight.this_host()
     few = look(written, dataclasses.replace(place, slots=1))
     assert (few["Workers"].status, "`--set workers=1`" in few["Workers"].advice) == ("failed", True)
-    little = look(written, dataclasses.replace(place, slots=8, memory=10**9))
-    assert (little["Memory"].status, little["Time"].found.split(",")[0]) == ("failed", "not timed")
+    assert few["Time"].found.startswith("not timed, since it does not fit, and no run of the same")
+    held = preflight._count(plan.plan_recipe(written, "synthetic", overrides=SMALL))
+    planned = plan.plan_recipe(written, "synthetic", overrides=SMALL)
+    for memory, status in ((10**9, "failed"), (int(1.9e9), "warning"), (10**10, "ok")):
+        assert preflight._memory(planned, dataclasses.replace(place, memory=memory), held, None).status == status
 
 
 def test_disk_that_is_too_small_is_said(root, monkeypatch):
@@ -133,14 +137,16 @@ def test_disk_that_is_too_small_is_said(root, monkeypatch):
 
 
 def test_an_earlier_run_tells_the_time_without_timing(written):
-    assert "no run of the same" in look(written)["Time"].found
+    planned = plan.plan_recipe(written, "synthetic", overrides=SMALL)
+    assert forecast.find_earlier(planned) is None
     parameters = batch.check_parameters(written, SMALL, where="here")
     runs.update_run(
         runs.create_run(written, "before", recipe="synthetic", parameters=parameters),
         **{"images_per_second": 50.0, "world_size": 2, "status": "finished", "ended": runs.now()},
     )
-    assert "at the 50 images/s of the run before; the whole of before took 0 min" in look(written)["Time"].found
-    assert "no run of the same" in look(written, batch_size=4)["Time"].found
+    assert "at the 50 images/s of the run before; the whole of before took " in look(written)["Time"].found
+    other = plan.plan_recipe(written, "synthetic", overrides=SMALL | {"batch_size": 4})
+    assert forecast.find_earlier(other) is None
 
 
 @pytest.mark.parametrize(
@@ -212,8 +218,6 @@ def test_the_whole_preflight(written, capsys):
 
 
 def test_the_estimate_grows_with_what_it_depends_on():
-    config = TrainConfig(shard_folder="none")
-    assert config.network == "DenseNet121"
     from workbench.training import trial
 
     held = trial.count_network("Tiny", findings=14, image_size=64, precision="float32")
@@ -223,4 +227,3 @@ def test_the_estimate_grows_with_what_it_depends_on():
     assert trial.peak_memory() > 10**8
     one, two = (trial.estimate_memory(held, batch_size=b, ranks=2, input_bytes=0) for b in (8, 16))
     assert two - one == pytest.approx(8 * held["held"] * trial.HELD_TIMES, rel=1e-6)
-    assert machine.usable_cores() > 0

@@ -106,4 +106,4 @@ def is_same_work(plan: Plan, record: dict) -> bool:
     names = ("data_folder", "epochs", "measured_steps", "synthetic_patients", "worker_counts")
     parameters = record["parameters"]
     alike = all(parameters.get(name) == plan.parameters[name] for name in names)
-    return alike and record.get("recipe") == plan.recipe and record.get("status") == "finished"
+    return alike and record.get("recipe") == plan.recipe and runs.minutes(record) is not None

@@ -23,7 +23,8 @@ from typing import Any
 
 from workbench import WorkbenchError, forecast, machine, runs
 from workbench.data import pipeline
-from workbench.doctor import TIMEOUT, Check, reading_check, show
+from workbench.doctor import TIMEOUT
+from workbench.findings import Check, reading_check, show
 from workbench.plan import Plan, plan_recipe
 from workbench.training import cluster
 
@@ -166,8 +167,9 @@ def _shards(plan: Plan) -> Check:
 
 
 def _steps(plan: Plan) -> Check:
+    workers = f"{plan.workers} worker{'s' * (plan.workers > 1)}"
     found = (
-        f"{plan.shards['train']:,} shards × {plan.workers} workers × batch {plan.config.batch_size}: {plan.steps:,} "
+        f"{plan.shards['train']:,} shards × {workers} × batch {plan.config.batch_size}: {plan.steps:,} "
         f"steps an epoch of {plan.global_batch:,} images, {plan.left_out:,} left out, others in each epoch"
     )
     if plan.left_out > 0.1 * plan.images["train"]:
@@ -263,8 +265,8 @@ def _disk(plan: Plan, held: dict) -> Check:
 
 def _time(plan: Plan, told: list[dict] | None, earlier: tuple | None, skipped: str, busy: bool) -> Check:
     known = ""
-    if earlier and (took := runs.minutes(earlier[1])) and forecast.is_same_work(plan, earlier[1]):
-        known = f"; the whole of {earlier[0]} took {took:g} min"
+    if earlier and forecast.is_same_work(plan, earlier[1]):
+        known = f"; the whole of {earlier[0]} took {runs.minutes(earlier[1]):g} min"
     if told:
         seconds, rate = forecast.predict_seconds(plan, told), forecast.rate_of(told)
         first = max(one["first_step_seconds"] for one in told)
