@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from workbench import WorkbenchError, batch, cli, forecast, plan, preflight, runs
+from workbench import Interrupted, WorkbenchError, batch, cli, forecast, plan, preflight, runs
 from workbench.data import chestxray14, pipeline, shards, synthetic
 from workbench.training import cluster
 
@@ -126,6 +126,21 @@ def test_what_does_not_fit_is_said_and_nothing_is_timed(written):
     planned = plan.plan_recipe(written, "synthetic", overrides=SMALL)
     for memory, status in ((10**9, "failed"), (int(1.9e9), "warning"), (10**10, "ok")):
         assert preflight._memory(planned, dataclasses.replace(place, memory=memory), held, None).status == status
+
+
+@pytest.mark.parametrize(("error", "raised"), [(WorkbenchError("They died."), False), (Interrupted("Stopped."), True)])
+def test_ranks_that_fail_are_a_finding_and_an_interrupt_is_none(error, raised, written):
+    def start(*_, **__):
+        raise error
+
+    place = dataclasses.replace(preflight.this_host(), slots=8, memory=64e9, start=start)
+    checks = preflight.check_plan(plan.plan_recipe(written, "synthetic", overrides=SMALL), place)
+    if raised:
+        with pytest.raises(Interrupted):
+            list(checks)
+    else:
+        *_, last = checks
+        assert (last.name, last.status, last.found) == ("Time", "failed", "They died.")
 
 
 def test_disk_that_is_too_small_is_said(root, monkeypatch):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench import WorkbenchError, forecast, machine, runs
+from workbench import Interrupted, WorkbenchError, forecast, machine, runs
 from workbench.data import pipeline
 from workbench.doctor import TIMEOUT
 from workbench.findings import Check, reading_check, show
@@ -132,6 +132,8 @@ def check_plan(plan: Plan, place: Place, *, timing: bool = True) -> Iterator[Che
         print(f"{'':<20} training a few steps, which takes up to a minute ...", flush=True)
         try:
             told = forecast.try_recipe(plan, place.start)
+        except Interrupted:
+            raise
         except WorkbenchError as error:
             yield memory
             yield Check("Time", "failed", str(error), BUSY if busy else "see `workbench doctor`")
