@@ -170,6 +170,8 @@ def test_an_earlier_run_tells_the_time_without_timing(written):
         ({"epoch": 3}, "did you mean `epochs`"),
         ({"network": "VGG"}, "one of DenseNet121"),
         ({"batch_size": 500}, "fewer than one global batch of 1,000"),
+        ({"encoding": "tiff"}, "choose from raw, png, jpeg"),
+        ({"synthetic_patients": 5}, "at least 10 patients"),
         ({"validation_fraction": 0.0}, "no validation images"),
         ({"data_folder": "data/gone", "synthetic_patients": 0}, "data/gone"),
     ],

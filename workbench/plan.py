@@ -108,29 +108,13 @@ def plan_recipe(root: Path, recipe: str, *, overrides: Mapping[str, Any] | None 
             raise
         frame, told = None, f"{given['data_folder']} cannot be read"
         trouble = (str(error).rstrip("."), f"begin with the shards: `workbench run {recipe} --from 03`, or mend it")
-    if info is None:
-        images = frame["split"].value_counts().reindex(chestxray14.SPLITS, fill_value=0).astype(int).to_dict()
-        size = given["images_per_shard"]
-        counts = {name: len(shards.plan_shards(many, images_per_shard=size)) for name, many in images.items()}
-        image_bytes = stored**2 * ENCODED.get(given["encoding"], 1.0) + RECORD
-        findings, files = len(chestxray14.findings_of(frame)), ()
-    else:
-        shards.check_sizes(folder, info)
-        if info["image_size"] < config.image_size:
-            raise WorkbenchError(
-                f"`{folder}` holds images of {info['image_size']} pixels, fewer than image_size={config.image_size}: "
-                "choose another `shard_folder`, or a smaller `image_size`."
-            )
-        listed = [shard for name in chestxray14.SPLITS for shard in info["splits"][name]["shards"]]
-        images = {name: info["splits"][name]["images"] for name in chestxray14.SPLITS}
-        counts = {name: len(info["splits"][name]["shards"]) for name in chestxray14.SPLITS}
-        image_bytes = sum(shard["bytes"] for shard in listed) / max(sum(images.values()), 1)
-        findings, files = len(info["findings"]), tuple(folder / shard["file"] for shard in listed)
-        if frame is not None and data.exists() and _differs(frame, info, given, stored):
-            trouble = (
-                f"{given['shard_folder']} holds shards of other images, labels or settings, which notebook 02 refuses",
-                f"name other ones with `--set shard_folder=DIR`, or keep them: `workbench run {recipe} --from 03`",
-            )
+    held = _describe_unwritten(frame, given, stored) if info is None else _describe_written(folder, info, config)
+    if info and frame is not None and data.exists() and _differs(frame, info, given, stored):
+        trouble = (
+            f"{given['shard_folder']} holds shards of other images, labels or settings, which notebook 02 refuses",
+            f"name other ones with `--set shard_folder=DIR`, or keep them: `workbench run {recipe} --from 03`",
+        )
+    images = held["images"]
     if not images["val"]:
         raise WorkbenchError(
             "There would be no validation images, by which the best epoch is chosen: set `validation_fraction` above 0."
@@ -138,9 +122,42 @@ def plan_recipe(root: Path, recipe: str, *, overrides: Mapping[str, Any] | None 
     workers = given["workers"] or cluster.default_workers()
     # Asked now, before anything is printed: there may be too few images for one step.
     pipeline.steps_per_epoch(images["train"], batch_size=config.batch_size, size=workers)
-    return Plan(
-        *(root, label, given, config, workers, images, counts, image_bytes, findings, files, frame, told, trouble)
-    )
+    return Plan(root, label, given, config, workers, frame=frame, told=told, trouble=trouble, **held)
+
+
+def _describe_unwritten(frame, given: Mapping[str, Any], stored: int) -> dict[str, Any]:
+    """The shards that notebook 02 would write."""
+    if given["encoding"] not in ENCODED:
+        raise WorkbenchError(f"`encoding` is {given['encoding']!r}: choose from {', '.join(ENCODED)}.")
+    images = frame["split"].value_counts().reindex(chestxray14.SPLITS, fill_value=0).astype(int).to_dict()
+    size = given["images_per_shard"]
+    return {
+        "images": images,
+        "shards": {name: len(shards.plan_shards(many, images_per_shard=size)) for name, many in images.items()},
+        "image_bytes": stored**2 * ENCODED[given["encoding"]] + RECORD,
+        "findings": len(chestxray14.findings_of(frame)),
+        "files": (),
+    }
+
+
+def _describe_written(folder: Path, info: dict, config: TrainConfig) -> dict[str, Any]:
+    """The shards that are there, after the checks of training that are cheap."""
+    shards.check_sizes(folder, info)
+    if info["image_size"] < config.image_size:
+        raise WorkbenchError(
+            f"`{folder}` holds images of {info['image_size']} pixels, fewer than image_size={config.image_size}: "
+            "choose another `shard_folder`, or a smaller `image_size`."
+        )
+    splits = {name: info["splits"][name] for name in chestxray14.SPLITS}
+    listed = [shard for told in splits.values() for shard in told["shards"]]
+    images = {name: told["images"] for name, told in splits.items()}
+    return {
+        "images": images,
+        "shards": {name: len(told["shards"]) for name, told in splits.items()},
+        "image_bytes": sum(shard["bytes"] for shard in listed) / max(sum(images.values()), 1),
+        "findings": len(info["findings"]),
+        "files": tuple(folder / shard["file"] for shard in listed),
+    }
 
 
 def _read_data(data: Path, given: Mapping[str, Any]) -> tuple[Any, str]:

@@ -72,10 +72,7 @@ def write_synthetic(
     Raises:
         WorkbenchError: the folder holds something else.
     """
-    if patients < 10 or image_size < 32:
-        raise WorkbenchError(
-            f"patients={patients}, image_size={image_size}: expected at least 10 patients and 32 pixels."
-        )
+    _check(patients, image_size)
     folder = Path(folder)
     settings = {"format": FORMAT, "patients": patients, "image_size": image_size, "seed": seed}
     if _is_taken(folder):
@@ -96,6 +93,13 @@ def write_synthetic(
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _check(patients: int, image_size: int) -> None:
+    if patients < 10 or image_size < 32:
+        raise WorkbenchError(
+            f"patients={patients}, image_size={image_size}: expected at least 10 patients and 32 pixels."
+        )
 
 
 def _is_taken(folder: Path) -> bool:
@@ -150,6 +154,7 @@ def write_tables(folder: str | Path, *, patients: int = 480, seed: int = 0) -> P
         patients: as for `write_synthetic`, as is `seed`.
         seed: of everything drawn.
     """
+    _check(patients, image_size=96)
     folder = Path(folder)
     table, _, in_test = _draw_tables(patients, seed)
     (folder / "images").mkdir()
