@@ -385,6 +385,10 @@ def test_throughput_is_measured_over_all_ranks(ranks, tiny_config):
     assert told[0]["world_size"] == 2
     assert len(told[0]["images_per_second"]) == 30
     assert min(told[0]["images_per_second"]) > 0
+    assert told[0]["first_step_seconds"] > 2 * 4 / max(told[0]["images_per_second"])
+    least = ranks(2).run("workbench.training.trainer.measure_throughput", tiny_config, warmup=1, limit=1e-9)
+    assert least[0] == least[1]
+    assert len(least[0]["images_per_second"]) == 1
 
 
 GRADIENTS = """

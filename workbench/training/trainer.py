@@ -194,8 +194,8 @@ def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3,
         limit: seconds that the timed steps may take in all; there are fewer of them then, but at least one.
 
     Returns:
-        On every rank: world_size, images_per_second over all ranks, one value per timed step, and this rank's
-        first_step_seconds (NaN without a step of warm-up).
+        On every rank: world_size, images_per_second over all ranks, one value per timed step, and first_step_seconds,
+        None without a step of warm-up.
     """
     world = distributed.start(config.threads)
     info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
@@ -212,11 +212,11 @@ def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3,
             slowest = float(distributed.gather(np.array(seconds[-1:])).max())
             steps = max(1, min(steps, int(limit / slowest)))
     # Horovod: a step ends when its slowest rank does.
-    slowest = distributed.gather(np.array([seconds[warmup:]])).max(axis=0)
+    slowest = distributed.gather(np.array([seconds])).max(axis=0)
     return {
         "world_size": world.size,
-        "images_per_second": (config.batch_size * world.size / slowest).tolist(),
-        "first_step_seconds": seconds[0] if warmup else math.nan,
+        "images_per_second": (config.batch_size * world.size / slowest[warmup:]).tolist(),
+        "first_step_seconds": float(slowest[0]) if warmup else None,
     }
 
 
