@@ -136,11 +136,6 @@ def _ranks() -> Check:
         return Check(
             "Ranks", "warning", words, f"there are {cores} cores for {gpus} GPUs: ask for a core or more a GPU"
         )
-    set_by = [name for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS") if name in os.environ]
-    if set_by:
-        return Check(
-            "Ranks", "warning", words, f"`{set_by[0]}={os.environ[set_by[0]]}` is set and may undo it: unset it"
-        )
     return Check("Ranks", "ok", words)
 
 
