@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,15 @@ def test_slurm_nodes_fail_and_come_back(slurm_rig):
 def test_mpi_ranks_span_the_nodes_of_slurm(slurm_rig, tmp_path):
     job, output = tmp_path / "job.sh", tmp_path / "job.out"
     job.write_text(f"#!/bin/sh\nexec {MPIEXEC} -n 2 {sys.executable} {ALLREDUCE}\n")
-    command = ["sbatch", "--wait", "-N2", "-n2", "-o", str(output), str(job)]
-    subprocess.run(command, env=os.environ | AS_ROOT | slurm_rig.environment, check=True, timeout=180)
+    command = ["sbatch", "--parsable", "-N2", "-n2", "-o", str(output), str(job)]
+    environment = os.environ | AS_ROOT | slurm_rig.environment
+    number = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    # `sbatch --wait` looks seldom, and a job in the queue is the only one that squeue lists.
+    until = time.monotonic() + 180
+    while slurm_rig.call("squeue", "-h", "-j", number) and time.monotonic() < until:
+        time.sleep(0.2)
     expected = {f"node={node} rank={rank} local=0 size=2 sum=3" for rank, node in enumerate(slurm.NODES)}
-    assert told(output.read_text()) == expected
+    assert told(output.read_text()) == expected, output.read_text()
 
 
 @pytest.mark.ssh
