@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from workbench import WorkbenchError
-from workbench.analysis.scaling_model import FABRICS, LIMIT, Exchange, Fabric, StepModel, expected_maximum
+from workbench.analysis.scaling_model import FABRICS, LIMIT, Exchange, Fabric, StepModel, expected_maximum, find_fabric
 
 FABRIC = Fabric(4, latency_within=1e-6, latency_between=1e-5, bandwidth_within=1e10, bandwidth_between=1e9)
 EXCHANGE = Exchange(gradient_bytes=8e6, fabric=FABRIC, cycle=0)
@@ -83,4 +83,6 @@ def test_impossible_exchanges_are_refused(change, message):
 def test_impossible_fabrics_are_refused():
     with pytest.raises(WorkbenchError, match="`bandwidth_between` of a fabric is -1"):
         replace(FABRIC, bandwidth_between=-1)
-    assert all(fabric.bandwidth_within > 0 for fabric in FABRICS.values())
+    assert find_fabric("shared memory") is FABRICS["shared memory"]
+    with pytest.raises(WorkbenchError, match="no fabric `string`: choose one of shared memory; 4 V100"):
+        find_fabric("string")

@@ -6,6 +6,7 @@ import pytest
 
 from workbench import WorkbenchError
 from workbench.analysis import timeline
+from workbench.analysis.scaling_model import PARTS
 
 
 def written(path, *, steps=2, tensors=2):
@@ -65,6 +66,18 @@ def test_nothing_exchanged_is_no_row(tmp_path):
     for text in ("", "[", "[]"):
         (tmp_path / "timeline.json").write_text(text)
         assert timeline.exchange_phases(timeline.read_timeline(tmp_path / "timeline.json")).empty
+
+
+def test_parts_of_a_measured_step_by_hand(tmp_path):
+    phases = timeline.exchange_phases(timeline.read_timeline(written(tmp_path / "timeline.json")))
+    parts = timeline.step_parts(0.1, 0.005, phases)
+    assert list(parts) == list(PARTS)
+    assert list(parts.values()) == pytest.approx([0.065, 0.005, 0.01, 0.02])
+    # Recording made the exchange longer than the whole step: the parts still add up to it.
+    squeezed = timeline.step_parts(0.02, 0.005, phases)
+    assert list(squeezed.values()) == pytest.approx([0, 0.005, 0.005, 0.01])
+    alone = timeline.step_parts(0.1, 0.005, phases.head(0))
+    assert list(alone.values()) == pytest.approx([0.095, 0.005, 0, 0])
 
 
 def test_what_is_no_timeline_is_refused(tmp_path):

@@ -65,6 +65,13 @@ FABRICS = {
 }
 
 
+def find_fabric(name: str) -> Fabric:
+    """A fabric of `FABRICS` by its name; an unknown one is a WorkbenchError that lists them."""
+    if name not in FABRICS:
+        raise WorkbenchError(f"There is no fabric `{name}`: choose one of {'; '.join(FABRICS)}.")
+    return FABRICS[name]
+
+
 @dataclass(frozen=True)
 class Exchange:
     """How gradients are averaged over all workers in every step.

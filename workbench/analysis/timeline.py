@@ -4,7 +4,8 @@ Only the exchange is in it, no computing. Horovod writes an event for every tens
 down, so its times say how an exchange divides up rather than how fast it would be unwatched.
 
     events = timeline.read_timeline("timeline-2.json")
-    timeline.exchange_phases(events)             # one row per step
+    phases = timeline.exchange_phases(events)                                  # one row per step
+    timeline.step_parts(0.35, 0.002, phases)                                   # computing, waiting, exchanging
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from workbench import WorkbenchError
+from workbench.analysis.scaling_model import PARTS
 
 PHASES = ("negotiation", "queue", "copy in", "all-reduce", "copy out")
 
@@ -83,6 +85,27 @@ def exchange_phases(events: pd.DataFrame) -> pd.DataFrame:
         span = total["end"].max() - wait["end"].max()
         rows.append((_covered(wait), max(0.0, span - copy_in - sent - copy_out), copy_in, sent, copy_out))
     return pd.DataFrame(rows, columns=list(PHASES), dtype=float)
+
+
+def step_parts(step_seconds: float, input_seconds: float, phases: pd.DataFrame) -> dict[str, float]:
+    """What a measured step is made of: seconds of each of `scaling_model.PARTS`, which add up to the step.
+
+    Waiting for the slowest rank is half of the negotiation, which lasts from the first rank to the last: where ranks
+    vary alike, that is what they wait in the mean. Computing is what is left, the update of the weights and, without
+    phases, everything but the input included.
+
+    Args:
+        step_seconds: of a step.
+        input_seconds: that a rank waits for images in it, in the mean.
+        phases: `exchange_phases`' answer; empty for one worker.
+    """
+    typical = phases.median() if len(phases) else pd.Series(0.0, index=list(PHASES))
+    late = typical["negotiation"] / 2
+    exchange = typical[list(PHASES[1:])].sum()
+    # Recorded steps are slower than those that were timed, so that on a busy machine the parts could exceed the whole.
+    fits = min(1.0, max(0.0, step_seconds - input_seconds) / max(late + exchange, 1e-12))
+    parts = (step_seconds - input_seconds - fits * (late + exchange), input_seconds, fits * late, fits * exchange)
+    return dict(zip(PARTS, map(float, parts), strict=True))
 
 
 def _covered(activities: pd.DataFrame) -> float:
