@@ -273,7 +273,7 @@ def test_a_step_s_parts_are_stacked_to_the_step():
     ends = [patch.get_x() + patch.get_width() for patch in ax.patches]
     assert max(ends) == pytest.approx(300)
     assert ax.get_xlabel() == "milliseconds of a step"
-    assert {"210", "300", "95%", "67%", "17%"} <= set(texts(ax))
+    assert {"210 ms", "300 ms", "95%", "67%", "17%"} <= set(texts(ax))
     assert_apart(ax.texts, ax.figure)
 
 

@@ -54,14 +54,15 @@ def fit_step_model(
     resamples: int = 300,
     seed: int = 0,
 ) -> Fit:
-    """Fit a step's time to measured throughput: least squares of relative errors, no parameter negative.
+    """Fit a step's time to measured throughput: least squares of relative (logarithmic) errors, no parameter negative.
 
     Points are medians of the rows with equal workers and batch. Intervals come from a parametric bootstrap: the points
     are redrawn within their noise and fitted again. A point's noise is the standard error of its median, from its own
     rows, or the scatter of the points about the fit if that is larger; the latter is known no better than the points
-    beyond the parameters allow, so that it is drawn as Student's t asks (few points, wide intervals). With as many
-    points as parameters only the rows speak, and without repeated rows there is no interval. None of this covers what
-    the model leaves out, nor a machine that is busier tomorrow; steps in a row are taken as independent.
+    beyond the parameters allow, so that it is drawn as Student's t asks (few points, wide intervals). A
+    parameter that ends at 0 counts as none. With as many points as parameters only the rows speak, and without repeated
+    rows there is no interval. None of this covers what the model leaves out, nor a machine that is busier tomorrow;
+    steps in a row are taken as independent.
 
     Args:
         measured: `workers`, `images_per_second` over all workers, optionally `batch_size` per worker; repetitions are
@@ -89,10 +90,11 @@ def fit_step_model(
     best, found = _solve(start, free, workers, batch, seconds)
     rng = np.random.default_rng(seed)
     within = np.array([_error_of_median(group.to_numpy(), rng) for _, group in groups])
-    surplus = len(workers) - len(free)
+    # A parameter that ended at nothing describes nothing.
+    surplus = len(workers) - int((found > 1e-4).sum())
     scatter = 0.0
     if surplus > 0:
-        off = best.seconds(workers, batch) / seconds - 1
+        off = np.log(best.seconds(workers, batch) / seconds)
         scatter = float(np.sqrt((off**2).sum() / surplus))
     known = np.isfinite(within).all()
     if not known and surplus <= 0:
@@ -102,9 +104,10 @@ def fit_step_model(
     for _ in range(resamples):
         drawn = scatter * np.sqrt(surplus / rng.chisquare(surplus)) if surplus > 0 else 0.0
         noise = np.fmax(within, drawn) * rng.standard_normal(len(workers))
-        # On a logarithmic scale, so that no draw is negative.
-        draws.append(_solve(start, free, workers, batch, seconds * np.exp(noise), found)[0])
-    told = [f"the scatter of {len(workers)} points about {len(free)} parameters"] if surplus > 0 else []
+        # Student's t draws a few that are beyond all numbers.
+        drawn_seconds = seconds * np.exp(np.clip(noise, -5, 5))
+        draws.append(_solve(start, free, workers, batch, drawn_seconds, found)[0])
+    told = [f"the scatter of {len(workers)} points about {len(workers) - surplus} parameters"] if surplus > 0 else []
     told += ["the spread of repetitions"] if np.isfinite(within).any() else []
     return Fit(best, free, tuple(draws), f"95 % intervals from {' and '.join(told)}")
 
@@ -140,7 +143,8 @@ def _solve(
     begin = np.full(len(free), 0.5) if begin is None else np.maximum(begin, 0.01)
 
     def off(values: np.ndarray) -> np.ndarray:
-        return _changed(start, free, values * scale).seconds(workers, batch) / seconds - 1
+        # The logarithm, so that half as long and twice as long are as far off.
+        return np.log(_changed(start, free, values * scale).seconds(workers, batch) / seconds)
 
     found = least_squares(off, begin, bounds=(0, np.inf), ftol=1e-9, xtol=1e-9, gtol=1e-9)
     return _changed(start, free, found.x * scale), found.x

@@ -76,7 +76,8 @@ def plot_throughput(
             _label(panel, f"{efficiency:.0%}" if n in apart else "", n, y, (6, -11), colour)
         panel.set_ylim(0, 1.06 * top)
         panel.set_xlim(0, reach[1] * 1.1)
-        panel.set_xticks(_apart([*workers, reach[1]], 0.04 * reach[1]))
+        doubled = [n for n in 2 ** np.arange(12) if workers.max() < n <= reach[1]]
+        panel.set_xticks(_apart([*workers, *doubled], 0.04 * reach[1]))
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         panel.legend(frameon=False, loc="upper left")
         dress(panel, title, xlabel="workers", ylabel="images per second (% = efficiency)", grid="both")
@@ -133,11 +134,11 @@ def plot_efficiency(
         ax: where to draw.
     """
     ax = one_panel(ax, height=3.8)
-    counts = [1]
+    counts = [1.0]
     ax.axhline(1, color=GREY, linewidth=1.2, label="ideal: in proportion")
     if prediction is not None:
         _draw_prediction(ax, prediction, "efficiency", "efficiency_low", "efficiency_high")
-        counts += list(prediction["workers"])
+        counts += [n for n in 2.0 ** np.arange(12) if n <= prediction["workers"].max()]
     for (title, table, colour), marker, order in zip(_sides(scaling, article), "os", (4, 3), strict=False):
         looks = {"color": colour, "marker": marker, "linewidth": 1.8, "zorder": order}
         ax.plot(table["workers"], table["efficiency"], label=title, **looks)
@@ -150,7 +151,7 @@ def plot_efficiency(
     ax.set_xticks(_apart(sorted(set(counts)), 0.04 * max(counts)))
     ax.set_ylim(0, max(1.1, 1.08 * scaling["efficiency"].max()))
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.legend(frameon=False, loc="lower left")
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     dress(ax, "Efficiency", xlabel="workers", ylabel="speed-up / workers", grid="both")
     return ax
 
@@ -164,7 +165,7 @@ def plot_step_parts(parts: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = one_panel(ax, height=1.4 + 0.42 * len(parts))
     total = parts[list(PART_COLOURS)].sum(axis=1)
-    unit, name = (1e-3, "milliseconds") if total.max() < 2 else (1.0, "seconds")
+    unit, name, short = (1e-3, "milliseconds", "ms") if total.max() < 2 else (1.0, "seconds", "s")
     y, left = np.arange(len(parts)), np.zeros(len(parts))
     for part, colour in PART_COLOURS.items():
         width = parts[part].to_numpy() / unit
@@ -177,7 +178,8 @@ def plot_step_parts(parts: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                 ax.text(start + length / 2, row, f"{share:.0%}", ha="center", va="center", fontsize=8.5, color=ink)
         left = left + width
     for row, length in enumerate(left):
-        ax.annotate(f"{length:,.4g}", (length, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+        told = f"{length:,.0f} {short}" if length >= 100 else f"{length:.3g} {short}"
+        ax.annotate(told, (length, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
     ax.set_yticks(y, parts.index)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.1 * left.max())
@@ -213,7 +215,7 @@ def plot_forecast(
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.set_ylim(0, 1.1)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.legend(frameon=False, loc="lower left", fontsize=9)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     dress(ax, "On paper: efficiency with many workers", xlabel="workers", ylabel="speed-up / workers", grid="both")
     return ax
 
