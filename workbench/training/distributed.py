@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import keras
@@ -59,6 +60,8 @@ def start(threads: int = 0) -> World:
         tf.config.threading.set_inter_op_parallelism_threads(threads)
     world = World(threads=threads)
     if launched_ranks() > 1:
+        # Horovod: `timeline` can record only where it was told so before it starts; until then nothing is written.
+        os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
         # Horovod: imported only where MPI runs, so that one process needs neither.
         import horovod.tensorflow as hvd
 
@@ -162,6 +165,23 @@ def gather(rows: np.ndarray) -> np.ndarray:
         return rows
     with exchange():
         return _hvd.allgather(tf.convert_to_tensor(rows)).numpy()
+
+
+@contextlib.contextmanager
+def timeline(path: str | os.PathLike) -> Iterator[None]:
+    """Record Horovod's timeline of the block to a file, on rank 0; without other ranks there is nothing to record.
+
+    `workbench.analysis.timeline` reads it. It is written whole only some time after the block has ended.
+    """
+    if _hvd is None:
+        yield
+        return
+    # Horovod: the coordinator writes what all ranks do.
+    _hvd.start_timeline(os.fspath(path))
+    try:
+        yield
+    finally:
+        _hvd.stop_timeline()
 
 
 def average_batch_statistics(model: keras.Model) -> None:

@@ -184,31 +184,50 @@ def _write_model(folder: Path, model: keras.Model, info: dict) -> None:
 
 
 @skipping.damaged_records
-def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3) -> dict:
+def measure_throughput(
+    config: TrainConfig, *, steps: int = 20, warmup: int = 3, timeline: str | os.PathLike = "", watched: int = 5
+) -> dict:
     """Time training steps on the real shards, input included, without keeping anything.
 
     Args:
         config: as for `train`.
         steps: how many steps are timed, one by one; epochs follow each other as far as needed.
         warmup: untimed steps before them (the first one compiles).
+        timeline: file for Horovod's timeline of further steps, which are not timed since recording slows them down;
+            written by rank 0, where there are other ranks.
+        watched: how many these are.
 
     Returns:
-        On every rank: world_size and images_per_second over all ranks, one value per timed step.
+        On every rank: world_size; images_per_second over all ranks and input_seconds, the mean over ranks of what they
+        waited for images, one value per timed step; gradient_bytes of all gradients, before compression.
     """
     world = distributed.start(config.threads)
     info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
     model, optimizer = _build(config, len(info["findings"]), world)
-    train_step, batches, seconds = build_train_step(model, optimizer), _endless(config, world), []
-    for step in range(warmup + steps):
-        beat(f"measuring step {step + 1}")
+    train_step, batches = build_train_step(model, optimizer), _endless(config, world)
+
+    def run_step(number: int) -> tuple[float, float]:
+        beat(f"measuring step {number}")
         began = time.perf_counter()
+        batch = next(batches)
+        came = time.perf_counter()
         with exchange():
-            float(train_step(*next(batches)))
-        if step >= warmup:
-            seconds.append(time.perf_counter() - began)
-    # Horovod: a step ends when its slowest rank does.
-    slowest = distributed.gather(np.array([seconds])).max(axis=0)
-    return {"world_size": world.size, "images_per_second": (config.batch_size * world.size / slowest).tolist()}
+            float(train_step(*batch))
+        return time.perf_counter() - began, came - began
+
+    took = np.array([run_step(step + 1) for step in range(warmup + steps)])[warmup:]
+    if timeline:
+        with distributed.timeline(timeline):
+            for step in range(watched):
+                run_step(warmup + steps + step + 1)
+    everyone = distributed.gather(took[None])  # (ranks, steps, 2)
+    return {
+        "world_size": world.size,
+        # Horovod: a step ends when its slowest rank does.
+        "images_per_second": (config.batch_size * world.size / everyone[..., 0].max(axis=0)).tolist(),
+        "input_seconds": everyone[..., 1].mean(axis=0).tolist(),
+        "gradient_bytes": 4 * sum(int(np.prod(v.shape)) for v in model.trainable_variables),
+    }
 
 
 def _check_validation(config: TrainConfig, info: dict) -> None:
