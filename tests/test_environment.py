@@ -159,14 +159,16 @@ def test_set_up_says_in_one_sentence_what_is_wrong(python, compiler, told, tmp_p
 BELOW = {
     "__init__": set(),
     "files": set(),
+    "findings": {"machine"},
     "data": {"files"},
+    "machine": set(),
     "provenance": set(),
     "runs": {"files", "provenance"},
     "analysis": {"runs"},
     "report": {"files", "runs"},
     "training": {"data", "files", "runs"},
 }
-ON_TOP = {"__main__", "batch", "cli", "doctor", "rerun"}
+ON_TOP = {"__main__", "batch", "cli", "doctor", "forecast", "plan", "preflight", "rerun"}
 ONLY_IN = {"horovod": "training/distributed.py", "ipyparallel": "training/cluster.py", "papermill": "batch.py"}
 HEAVY = {"horovod", "ipyparallel", "keras", "matplotlib", "pandas", "papermill", "sklearn", "tensorflow"}
 MADE_FOR_TENSORFLOW = {"horovod", "keras", "tensorflow"}
@@ -220,7 +222,8 @@ def test_every_import_is_declared():
         known = declared | {canonicalize_name(peer.name) for peer in peers if path.parent == benchmarks}
         for line, name in imports_of(path):
             top = name.split(".")[0]
-            beside = (folder / f"{top}.py" for folder in (path.parent, benchmarks))
+            files = (f"{top}.py", f"{top}/__init__.py")
+            beside = (folder / file for folder in (path.parent, benchmarks) for file in files)
             if top in sys.stdlib_module_names or any(file.exists() for file in beside):
                 continue
             packages = {canonicalize_name(package) for package in provides.get(top, [top])}

@@ -161,9 +161,18 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from workbench import doctor
+    from workbench import runs
 
-    return doctor.main()
+    if not options.recipe:
+        if options.set or not options.timing:
+            raise WorkbenchError("--set and --no-timing belong to a recipe: `workbench doctor synthetic`, say.")
+        from workbench import doctor
+
+        return doctor.main(folder=runs.project_root())
+    from workbench import batch, preflight
+
+    overrides = batch.parse_settings(options.set)
+    return preflight.main(runs.project_root(), options.recipe, overrides=overrides, timing=options.timing)
 
 
 def _download(options: argparse.Namespace) -> None:
@@ -261,7 +270,23 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seed", type=int, default=0, help="the same seed, the same intervals (default: 0)")
     compare.set_defaults(call=_compare)
 
-    doctor = commands.add_parser("doctor", help="what this machine can do, and what is missing")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine can do, and what is missing; with a recipe, what that would do here",
+        description="Look at the machine, and say what to do about what is missing. With a recipe, say what it would "
+        "do here before it is run: images, steps and what an epoch leaves out, memory, disk, reading speed, and time, "
+        "by a few real training steps. Ends with 1 if training, or the recipe, cannot run.",
+    )
+    doctor.add_argument("recipe", nargs="?", default="", metavar="RECIPE", help="a recipe's name, or a .yml file")
+    doctor.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a parameter; may be given repeatedly"
+    )
+    doctor.add_argument(
+        "--no-timing",
+        dest="timing",
+        action="store_false",
+        help="train no steps, which takes about a minute; the time is then an earlier run's, if there is one",
+    )
     doctor.set_defaults(call=_doctor)
 
     download = commands.add_parser(

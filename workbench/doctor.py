@@ -1,36 +1,27 @@
 """What this machine can do for the workbench, and what it lacks: the command `workbench doctor`.
 
-Every check is really made: TensorFlow is imported, and two ranks average a gradient of DenseNet-121's size. All
-of that happens in other processes, so that importing this module stays light and a crash or a hang there is a
-finding here.
+Every check is really made: TensorFlow is imported, two ranks average a gradient of DenseNet-121's size, and shards
+are read from the disk. All of that happens in other processes, so that importing this module stays light and a crash
+or a hang there is a finding here. What a recipe needs is looked at by `preflight`.
 
     from workbench import doctor
     doctor.main()                                   # prints them one by one; 0 if training can run
     [check for check in doctor.checks() if check.status != "ok"]
 """
 
-import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from workbench import machine
+from workbench.findings import Check, reading_check, show
 
 INSTALL = "install the environment again: make clean, then make test (on a GPU cluster: environment.yml)"
 TIMEOUT = 120.0  # seconds for TensorFlow's first import from a slow disk, and for two ranks to meet
-DRIVER = Path("/proc/driver/nvidia/gpus")  # where NVIDIA's driver lists its devices, whoever uses them
-MPI_ENVIRONMENT = {
-    # Open MPI refuses root unless told twice; containers are root more often than not.
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    # Without this a waiting rank spins on the core that the other one needs.
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
+OLDEST_DRIVER = 525  # of NVIDIA: the first whose minor version compatibility covers CUDA 12
+
 
 _LOOK_AT_TENSORFLOW = """
 import json, keras, tensorflow as tf
@@ -68,21 +59,11 @@ if hvd.rank() == 0:
 """
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at. `status` is "ok", "warning" (it works, but) or "failed" (training cannot run)."""
-
-    name: str
-    status: str
-    found: str
-    advice: str = ""
-
-
 def checks(*, folder: str | os.PathLike = ".", timeout: float = TIMEOUT) -> list[Check]:
     """Look at everything, in about half a minute.
 
     Args:
-        folder: where data and results will lie; its free space is looked at.
+        folder: where data and results lie or will lie: its free space and the shards in its data/shards are looked at.
         timeout: seconds after which a process that was started counts as hanging, and is ended.
     """
     return list(_look(Path(folder), timeout))
@@ -91,12 +72,7 @@ def checks(*, folder: str | os.PathLike = ".", timeout: float = TIMEOUT) -> list
 def main(*, folder: str | os.PathLike = ".", timeout: float = TIMEOUT) -> int:
     """Print each check as it is made, with what to do about it; return 0 if training can run, else 1."""
     print("Looking at this machine, which takes about half a minute.", flush=True)
-    failed = []
-    for check in _look(Path(folder), timeout):
-        print(f"{check.status:<8} {check.name:<11} {check.found}", flush=True)
-        if check.advice:
-            print(f"{'':<8} {'':<11} -> {check.advice}", flush=True)
-        failed += [check.name] if check.status == "failed" else []
+    failed = show(_look(Path(folder), timeout))
     print(f"Training cannot run: {', '.join(failed)}." if failed else "Training can run here.")
     return 1 if failed else 0
 
@@ -104,26 +80,25 @@ def main(*, folder: str | os.PathLike = ".", timeout: float = TIMEOUT) -> int:
 def _look(folder: Path, timeout: float) -> Iterator[Check]:
     yield _python()
     yield _cores()
+    yield _ranks()
     yield _memory()
     yield _disk(folder)
-    tensorflow = _run_python(_LOOK_AT_TENSORFLOW, timeout)
+    yield _shards(folder / "data" / "shards")
+    tensorflow = machine.run_python(_LOOK_AT_TENSORFLOW, timeout=timeout)
     yield _tensorflow(tensorflow)
+    gpus = bool(tensorflow.get("gpus"))
     yield _gpus(tensorflow)
-    if not tensorflow.get("gpus") and "error" not in tensorflow:
-        yield _kernels(_run_python(_LOOK_AT_KERNELS, timeout))
-    horovod = _run_python(_LOOK_AT_HOROVOD, timeout)
-    yield _horovod(horovod, gpus=bool(tensorflow.get("gpus")))
-    mpiexec = find_mpiexec()
+    if machine.gpus_present():
+        yield _driver()
+    if not gpus and "error" not in tensorflow:
+        yield _kernels(machine.run_python(_LOOK_AT_KERNELS, timeout=timeout))
+    horovod = machine.run_python(_LOOK_AT_HOROVOD, timeout=timeout)
+    yield _horovod(horovod, gpus=gpus)
+    mpiexec = machine.find_mpiexec()
     yield _mpiexec(mpiexec)
     if mpiexec and "error" not in horovod:
-        yield _allreduce(mpiexec, timeout)
-
-
-def find_mpiexec() -> Path | None:
-    """The environment's own mpiexec, else the first on PATH, else None."""
-    own = Path(sys.executable).with_name("mpiexec")
-    found = own if own.exists() else shutil.which("mpiexec")
-    return Path(found) if found else None
+        yield _allreduce(mpiexec, timeout, gpus=gpus)
+    yield _slurm(machine.read_partitions())
 
 
 def _python() -> Check:
@@ -135,15 +110,42 @@ def _python() -> Check:
 
 
 def _cores() -> Check:
-    usable = min(len(os.sched_getaffinity(0)), _granted_cores())
+    usable, physical, masked = machine.usable_cores(), machine.physical_cores(), len(os.sched_getaffinity(0))
     found = f"{usable:g} for this process, of {os.cpu_count()} in the machine"
+    if physical and physical < masked:
+        found += f"; {masked} hardware threads on {physical} cores"
+    if usable < masked:
+        # MPI binds by the affinity mask, which does not know of this limit.
+        advice = f"ranks on more than {usable:g} cores take turns: train with `workers` {max(int(usable), 1)}"
+        return Check("Cores", "warning", found, advice)
+    if machine.is_busy():
+        found += f"; load {os.getloadavg()[0]:.1f}"
+        return Check("Cores", "warning", found, "other programs keep them busy, so that training takes longer")
     if usable < 2:
         return Check("Cores", "warning", found, "two ranks on one core take turns: ask for more cores")
     return Check("Cores", "ok", found)
 
 
+def _ranks() -> Check:
+    gpus, cores = machine.gpus_present(), len(os.sched_getaffinity(0))
+    workers = gpus or cores
+    each = max(1, cores // workers)
+    kind = "GPU" if gpus else "core"
+    words = f"`workers: 0` starts {workers}, one a {kind}, with {each} thread{'s' * (each > 1)} each"
+    if workers > cores:
+        return Check(
+            "Ranks", "warning", words, f"there are {cores} cores for {gpus} GPUs: ask for a core or more a GPU"
+        )
+    set_by = [name for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS") if name in os.environ]
+    if set_by:
+        return Check(
+            "Ranks", "warning", words, f"`{set_by[0]}={os.environ[set_by[0]]}` is set and may undo it: unset it"
+        )
+    return Check("Ranks", "ok", words)
+
+
 def _memory() -> Check:
-    available = _available_memory()
+    available = machine.available_memory()
     found = f"{available / 1e9:.1f} GB available"
     if available < 4e9:
         return Check(
@@ -160,6 +162,14 @@ def _disk(folder: Path) -> Check:
     return Check("Disk", "ok", found)
 
 
+def _shards(parent: Path) -> Check:
+    folders = [path.parent for path in parent.glob("*/info.json")]
+    if not folders:
+        return Check("Shards", "ok", f"none in {parent} yet, notebook 02 writes them")
+    newest = max(folders, key=lambda folder: (folder / "info.json").stat().st_mtime)
+    return reading_check(newest, sorted(newest.glob("*.tfrecord")))
+
+
 def _tensorflow(look: dict) -> Check:
     if "error" in look:
         return Check("TensorFlow", "failed", look["error"], INSTALL)
@@ -169,7 +179,7 @@ def _tensorflow(look: dict) -> Check:
 
 def _gpus(look: dict) -> Check:
     seen = look.get("gpus", [])
-    present = len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0
+    present = machine.gpus_present()
     if seen:
         return Check("GPUs", "ok", f"{len(seen)}: {', '.join(sorted(set(seen)))}")
     if present:
@@ -180,6 +190,15 @@ def _gpus(look: dict) -> Check:
         )
         return Check("GPUs", "warning", f"{present} in the machine, none that TensorFlow sees", advice)
     return Check("GPUs", "ok", "none, training runs on the processor")
+
+
+def _driver() -> Check:
+    version = machine.driver_version()
+    if not version:
+        return Check("Driver", "warning", "NVIDIA's, of unknown version", "see what `nvidia-smi` says")
+    if int(version.split(".")[0]) < OLDEST_DRIVER:
+        return Check("Driver", "failed", f"NVIDIA {version}", f"CUDA 12.5 needs {OLDEST_DRIVER}.60 or newer: update it")
+    return Check("Driver", "ok", f"NVIDIA {version}")
 
 
 def _kernels(look: dict) -> Check:
@@ -204,93 +223,51 @@ def _horovod(look: dict, *, gpus: bool) -> Check:
 def _mpiexec(mpiexec: Path | None) -> Check:
     if mpiexec is None:
         return Check("mpiexec", "failed", "there is none, here or on PATH", INSTALL)
-    done = _run([str(mpiexec), "--version"], 30.0)
+    done = machine.run([str(mpiexec), "--version"], 30.0)
     if done.returncode:
-        return Check("mpiexec", "failed", f"{mpiexec}: {_last_line(done)}", INSTALL)
+        return Check("mpiexec", "failed", f"{mpiexec}: {machine.last_line(done)}", INSTALL)
     found = f"{done.stdout.splitlines()[0]}, {mpiexec}"
     if mpiexec.parent != Path(sys.executable).parent:
         return Check("mpiexec", "warning", found, f"it is not the one Horovod was built with: {INSTALL}")
     return Check("mpiexec", "ok", found)
 
 
-def _allreduce(mpiexec: Path, timeout: float) -> Check:
+def _allreduce(mpiexec: Path, timeout: float, *, gpus: bool = False) -> Check:
     # A machine of one core, or a batch job of one task, offers one slot.
     command = [str(mpiexec), "-n", "2", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
-    look = _run_python(_ALLREDUCE, timeout, before=command)
+    look = machine.run_python(_ALLREDUCE, timeout=timeout, before=command)
     name, advice = "All-reduce", "try `mpiexec -n 2 hostname` in this environment, and see what it says"
     if "error" in look:
+        advice += "; for NCCL, NCCL_DEBUG=INFO tells more and NCCL_SOCKET_IFNAME picks the network" if gpus else ""
         return Check(name, "failed", f"two ranks: {look['error']}", advice)
     if (look["size"], look["sum"]) != (2, 3.0):
         found = f"{look['size']} ranks added 1 and 2 to {look['sum']:g}"
         return Check(name, "failed", found, f"Horovod and mpiexec are of different MPIs: {INSTALL}")
-    return Check(
-        name, "ok", f"two ranks: {look['latency'] * 1e3:.1f} ms for one number, {look['bandwidth'] / 1e9:.1f} GB/s"
-    )
+    where = " through the processor's memory" if gpus else ""
+    found = f"two ranks: {look['latency'] * 1e3:.1f} ms for one number, {look['bandwidth'] / 1e9:.1f} GB/s{where}"
+    return Check(name, "ok", found)
 
 
-def _run_python(code: str, timeout: float, *, before: list[str] | None = None) -> dict:
-    """The JSON that this code prints last, run by this Python; or {"error": why there is none}."""
-    done = _run([*(before or []), sys.executable, "-c", code], timeout)
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        return {"error": _last_line(done)}
+def _slurm(partitions: list[machine.Partition] | str | None) -> Check:
+    if partitions is None:
+        return Check("Slurm", "ok", "not here (no `sinfo` on PATH): workers start on this host, or over ssh")
+    if isinstance(partitions, str):
+        return Check("Slurm", "warning", partitions, "its controller does not answer: try `sinfo`, or ask who runs it")
+    if not partitions:
+        return Check("Slurm", "warning", "it shows no partition", "ask who runs it for access to one")
+    # The default one first, then those with most idle nodes.
+    order = sorted(partitions, key=lambda part: (not part.default, -part.nodes.get("idle", 0), part.name))
+    told = [_partition(part) for part in order[:4]]
+    more = [f"and {len(order) - 4} more, see `sinfo`"] if len(order) > 4 else []
+    found = "; ".join([*told, *more])
+    if not any(part.up and {"idle", "mixed", "allocated", "completing"} & part.nodes.keys() for part in partitions):
+        return Check("Slurm", "warning", found, "no node takes jobs: ask who runs it")
+    return Check("Slurm", "ok", found)
 
 
-def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run a command, and end it with all that it started when the time is over or this process is interrupted."""
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=os.environ | MPI_ENVIRONMENT,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, told = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return subprocess.CompletedProcess(command, 124, "", f"no answer within {timeout:g} s")
-        finally:
-            if process.poll() is None:
-                _end(process)
-    return subprocess.CompletedProcess(command, process.returncode, out, told)
-
-
-def _end(process: subprocess.Popen) -> None:
-    # mpiexec ends its ranks when it is asked to; they stand in process groups of their own.
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    """What a failed command said last; of Python's errors that is the line that counts."""
-    lines = [line for line in done.stderr.splitlines() if line.strip(" -*")]
-    errors = [line for line in lines if "Error" in line.split(":")[0]]
-    return (errors or lines or [f"ended with status {done.returncode} and said nothing"])[-1].strip()
-
-
-def _granted_cores() -> float:
-    """The cores that a container or a batch job grants by its control groups; infinite without a limit."""
-    limits = [limit.split() for limit in _cgroup("cpu.max")]
-    return min((int(quota) / int(period) for quota, period in limits if quota != "max"), default=float("inf"))
-
-
-def _available_memory() -> int:
-    """Bytes that can still be taken in the machine, or all that a container or a batch job grants if that is less."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(lines["MemAvailable"].split()[0]) * 1024
-    return min([available, *(int(limit) for limit in _cgroup("memory.max") if limit != "max")])
-
-
-def _cgroup(name: str) -> Iterator[str]:
-    """What this file says in this process's control group and in those above it, where there is one."""
-    own = [line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")]
-    for group in [Path(own[0]), *Path(own[0]).parents] if own else []:
-        with suppress(OSError):
-            yield (Path("/sys/fs/cgroup") / group.relative_to("/") / name).read_text().strip()
+def _partition(part: machine.Partition) -> str:
+    states = ", ".join(f"{count} {state}" for state, count in part.nodes.items())
+    limit = "no limit" if part.limit == "infinite" else f"at most {part.limit}"
+    gpus = f", {part.gpus}" if part.gpus else ""
+    marks = " (default)" * part.default + " (down)" * (not part.up)
+    return f"{part.name}{marks}: {states}, {part.cores} cores{gpus}, {limit}"

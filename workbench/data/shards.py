@@ -83,14 +83,7 @@ def write_shards(
         raise WorkbenchError(f"image_size={image_size}: expected at least 1 pixel.")
     folder = Path(folder)
     table, paths, shards = _plan_folder(frame, images_per_shard=images_per_shard, seed=seed)
-    findings = findings_of(frame)
-    settings = {
-        "format": FORMAT,
-        "findings": findings,
-        "image_size": image_size,
-        "encoding": encoding,
-        "images_per_shard": images_per_shard,
-    }
+    settings = _settings(findings_of(frame), image_size, encoding, images_per_shard)
     plan = _fingerprint(settings, table, paths)
     if not (folder / "info.json").exists():
         # A second run that needs the same shards waits until they are there.
@@ -99,6 +92,24 @@ def write_shards(
                 origin = {"split": split or {}, "seed": seed, "plan_sha256": plan}
                 return _write_folder(folder, (table, paths, shards), settings, origin, processes, progress)
     return _return_same(folder, plan)
+
+
+def hash_plan(
+    frame: pd.DataFrame, *, image_size: int, encoding: str = "raw", images_per_shard: int = 256, seed: int = 0
+) -> str:
+    """The `plan_sha256` of what `write_shards` would write; another one than in a folder's info is refused there."""
+    table, paths, _ = _plan_folder(frame, images_per_shard=images_per_shard, seed=seed)
+    return _fingerprint(_settings(findings_of(frame), image_size, encoding, images_per_shard), table, paths)
+
+
+def _settings(findings: list[str], image_size: int, encoding: str, images_per_shard: int) -> dict:
+    return {
+        "format": FORMAT,
+        "findings": findings,
+        "image_size": image_size,
+        "encoding": encoding,
+        "images_per_shard": images_per_shard,
+    }
 
 
 def _write_folder(

@@ -72,10 +72,7 @@ def write_synthetic(
     Raises:
         WorkbenchError: the folder holds something else.
     """
-    if patients < 10 or image_size < 32:
-        raise WorkbenchError(
-            f"patients={patients}, image_size={image_size}: expected at least 10 patients and 32 pixels."
-        )
+    _check(patients, image_size)
     folder = Path(folder)
     settings = {"format": FORMAT, "patients": patients, "image_size": image_size, "seed": seed}
     if _is_taken(folder):
@@ -98,6 +95,13 @@ def write_synthetic(
     return folder
 
 
+def _check(patients: int, image_size: int) -> None:
+    if patients < 10 or image_size < 32:
+        raise WorkbenchError(
+            f"patients={patients}, image_size={image_size}: expected at least 10 patients and 32 pixels."
+        )
+
+
 def _is_taken(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
@@ -117,11 +121,7 @@ def _return_same(folder: Path, settings: dict) -> Path:
 
 
 def _write_all(folder: Path, settings: dict, progress: bool) -> None:
-    rng = np.random.default_rng([settings["seed"], settings["patients"], STREAM])
-    table, labels = _draw_patients(settings["patients"], rng)
-    tested = rng.permutation(settings["patients"])[: round(settings["patients"] * TEST_SHARE)] + 1
-    in_test = table["patient"].isin(tested)
-
+    table, labels, in_test = _draw_tables(settings["patients"], settings["seed"])
     boxes = []
     for row, image in enumerate(
         tqdm(table["image"], unit=" images", disable=not progress, mininterval=5, file=sys.stdout)
@@ -141,11 +141,41 @@ def _write_all(folder: Path, settings: dict, progress: bool) -> None:
         if in_test[row] and own.random() < 0.5:
             boxes += [f"{image},{BOXED[name]},{','.join(map(str, box))}" for name, box in drawn if name in BOXED]
 
+    _write_tables(folder, table, in_test)
+    _write_lines(folder / "BBox_List_2017.csv", ["Image Index,Finding Label,Bbox [x,y,w,h],,,", *boxes])
+    (folder / "synthetic.json").write_text(json.dumps(settings))
+
+
+def write_tables(folder: str | Path, *, patients: int = 480, seed: int = 0) -> Path:
+    """Write table and lists of the same set, with an empty file for each image: to count what would be there.
+
+    Args:
+        folder: an empty one.
+        patients: as for `write_synthetic`, as is `seed`.
+        seed: of everything drawn.
+    """
+    _check(patients, image_size=96)
+    folder = Path(folder)
+    table, _, in_test = _draw_tables(patients, seed)
+    (folder / "images").mkdir()
+    for image in table["image"]:
+        (folder / "images" / image).touch()
+    _write_tables(folder, table, in_test)
+    return folder
+
+
+def _draw_tables(patients: int, seed: int) -> tuple[pd.DataFrame, np.ndarray, pd.Series]:
+    """A row per image, its labels, and whether it is in the test list."""
+    rng = np.random.default_rng([seed, patients, STREAM])
+    table, labels = _draw_patients(patients, rng)
+    tested = rng.permutation(patients)[: round(patients * TEST_SHARE)] + 1
+    return table, labels, table["patient"].isin(tested)
+
+
+def _write_tables(folder: Path, table: pd.DataFrame, in_test: pd.Series) -> None:
     _write_lines(folder / "Data_Entry_2017_v2020.csv", [HEADER, *(_table_line(r) for r in table.itertuples())])
     _write_lines(folder / "train_val_list.txt", table.loc[~in_test, "image"])
     _write_lines(folder / "test_list.txt", table.loc[in_test, "image"])
-    _write_lines(folder / "BBox_List_2017.csv", ["Image Index,Finding Label,Bbox [x,y,w,h],,,", *boxes])
-    (folder / "synthetic.json").write_text(json.dumps(settings))
 
 
 def _write_lines(path: Path, lines: list[str] | pd.Series) -> None:

@@ -185,7 +185,13 @@ def _write_model(folder: Path, model: keras.Model, info: dict) -> None:
 
 @skipping.damaged_records
 def measure_throughput(
-    config: TrainConfig, *, steps: int = 20, warmup: int = 3, timeline: str | os.PathLike = "", watched: int = 5
+    config: TrainConfig,
+    *,
+    steps: int = 20,
+    warmup: int = 3,
+    limit: float = math.inf,
+    timeline: str | os.PathLike = "",
+    watched: int = 5,
 ) -> dict:
     """Time training steps on the real shards, input included, without keeping anything.
 
@@ -193,13 +199,15 @@ def measure_throughput(
         config: as for `train`.
         steps: how many steps are timed, one by one; epochs follow each other as far as needed.
         warmup: untimed steps before them (the first one compiles).
+        limit: seconds that the timed steps may take in all; there are fewer of them then, but at least one.
         timeline: file for Horovod's timeline of further steps, which are not timed since recording slows them down;
             written by rank 0, where there are other ranks.
         watched: how many these are.
 
     Returns:
         On every rank: world_size; images_per_second over all ranks and input_seconds, the mean over ranks of what they
-        waited for images, one value per timed step; gradient_bytes of all gradients, before compression.
+        waited for images, one value per timed step; gradient_bytes of all gradients, before compression; and this
+        rank's first_step_seconds (NaN without a step of warm-up).
     """
     world = distributed.start(config.threads)
     info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
@@ -215,18 +223,25 @@ def measure_throughput(
             float(train_step(*batch))
         return time.perf_counter() - began, came - began
 
-    took = np.array([run_step(step + 1) for step in range(warmup + steps)])[warmup:]
+    took = []
+    while len(took) < warmup + steps:
+        took.append(run_step(len(took) + 1))
+        if len(took) == warmup + 1 and limit < math.inf:
+            # Horovod: all ranks do as many steps, by the one that was slowest.
+            slowest = float(distributed.gather(np.array(took[-1][:1])).max())
+            steps = max(1, min(steps, int(limit / slowest)))
     if timeline:
         with distributed.timeline(timeline):
             for step in range(watched):
                 run_step(warmup + steps + step + 1)
-    everyone = distributed.gather(took[None])  # (ranks, steps, 2)
+    everyone = distributed.gather(np.array([took[warmup:]]))  # (ranks, steps, 2)
     return {
         "world_size": world.size,
         # Horovod: a step ends when its slowest rank does.
         "images_per_second": (config.batch_size * world.size / everyone[..., 0].max(axis=0)).tolist(),
         "input_seconds": everyone[..., 1].mean(axis=0).tolist(),
         "gradient_bytes": 4 * sum(int(np.prod(v.shape)) for v in model.trainable_variables),
+        "first_step_seconds": took[0][0] if warmup else math.nan,
     }
 
 
