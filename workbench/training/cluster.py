@@ -334,7 +334,13 @@ def default_workers() -> int:
 
 @contextmanager
 def start(
-    workers: int, *, threads: int = 0, oversubscribe: bool = False, timeout: float = 120, hang_limit: float = HANG_LIMIT
+    workers: int,
+    *,
+    threads: int = 0,
+    oversubscribe: bool = False,
+    timeout: float = 120,
+    hang_limit: float = HANG_LIMIT,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Workers]:
     """Start MPI ranks on this host, and stop them when the block ends.
 
@@ -344,6 +350,7 @@ def start(
         oversubscribe: allow more ranks than there are cores (unbound; for tests, not for speed).
         timeout: seconds that starting may take.
         hang_limit: seconds for which a rank may give no sign of life, or all may stand still without computing.
+        environment: further variables for the ranks, such as `TrainConfig.horovod_environment()`.
 
     Raises:
         WorkbenchError: the machine has not that many cores, or the ranks did not come up in time.
@@ -370,7 +377,7 @@ def start(
         delay=0,
         engine_timeout=int(timeout),
         log=_quiet_log(),
-        config=_launch_config(folder, cores, workers, threads, oversubscribe),
+        config=_launch_config(folder, cores, workers, threads, oversubscribe, environment or {}),
     )
     processes = _Processes(made, folder)
     try:
@@ -384,7 +391,9 @@ def start(
         processes.end()
 
 
-def _launch_config(folder: str, cores: int, workers: int, threads: int, oversubscribe: bool) -> Config:
+def _launch_config(
+    folder: str, cores: int, workers: int, threads: int, oversubscribe: bool, environment: dict[str, str]
+) -> Config:
     mpiexec = Path(sys.executable).with_name("mpiexec")
     found = str(mpiexec) if mpiexec.exists() else shutil.which("mpiexec")
     if found is None:
@@ -401,7 +410,7 @@ def _launch_config(folder: str, cores: int, workers: int, threads: int, oversubs
         bound = ["--use-hwthread-cpus", "--map-by", f"slot:PE={each}", "--bind-to", "hwthread"]
     # Tagged, so that each line of the log tells whose it is.
     config.MPIEngineSetLauncher.mpi_args = ["--output", "tag", *bound]
-    config.MPIEngineSetLauncher.environment = ENGINE_ENVIRONMENT | {"WORKBENCH_SCRATCH": folder}
+    config.MPIEngineSetLauncher.environment = ENGINE_ENVIRONMENT | environment | {"WORKBENCH_SCRATCH": folder}
     # Other users of this host can reach loopback as well: without the key, which is in files and environments that only
     # this user can read, nobody connects.
     curve = "--IPController.enable_curve=True"
