@@ -395,7 +395,7 @@ def start(
         timeout: seconds that starting may take, without the time in a queue.
         hang_limit: seconds for which a rank may give no sign of life, or all may stand still without computing.
         site: where they run; None: on this host.
-        environment: variables for the ranks, besides this process's own.
+        environment: further variables for the ranks, such as `TrainConfig.horovod_environment()`.
 
     Raises:
         WorkbenchError: there are not that many cores or slots, a host or Slurm says no, or the ranks did not come up in

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from workbench import WorkbenchError
-from workbench.training.config import COMPRESSIONS
+from workbench.training.config import COMPRESSIONS, precision_for
 from workbench.training.pulse import exchange, uncounted
 
 
@@ -81,6 +81,17 @@ def start(threads: int = 0) -> World:
         tf.config.experimental.set_memory_growth(gpu, True)
     _world = world
     return world
+
+
+def settle_precision(precision: str) -> str:
+    """The precision that all ranks use; "auto" becomes what the oldest of their GPUs is made for."""
+    if precision != "auto":
+        return precision
+    capability = (0, 0)
+    if gpus := tf.config.get_visible_devices("GPU"):
+        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", capability)
+    # Horovod: ranks of different precision would hold different variables, and wait for each other for ever.
+    return precision_for(min(map(tuple, gather(np.array([capability])).tolist())))
 
 
 def _compute_alike() -> None:

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -54,7 +55,7 @@ def train(
 
     Returns:
         On every rank: epochs, best_epoch, val_auroc, val_loss (of the best epoch), images_per_second (over all
-        ranks, median of the epochs after the first where there are several), seconds, world_size, hosts, and
+        ranks, median of the epochs after the first where there are several), seconds, world_size, hosts, precision, and
         weights_sha256, this rank's own digest of the best epoch's weights.
 
     Raises:
@@ -74,6 +75,7 @@ def train(
 
 @skipping.damaged_records
 def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Report, resume: bool) -> dict:
+    config = _settled(config)
     beat("reading what the shards hold")
     info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
     train_images = info["splits"]["train"]["images"]
@@ -108,7 +110,7 @@ def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Re
             print(f"going on after epoch {len(history)} of {config.epochs}, best so far epoch {best['epoch']}")
         for row in history:
             tell({"history": row, "epoch": row["epoch"], "epochs": config.epochs})
-    train_step, predict_step = build_train_step(model, optimizer), build_predict_step(model)
+    train_step, predict_step = build_train_step(model, optimizer, xla=config.xla), build_predict_step(model)
     tell({"phase": "compiling the first step", "epoch": len(history) + 1, "epochs": config.epochs})
     began = time.perf_counter()
     for epoch in range(len(history), config.epochs):
@@ -161,10 +163,11 @@ def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Re
         "seconds": time.perf_counter() - began,
         "world_size": world.size,
         "hosts": sorted(set(gather_names(socket.gethostname()))),
+        "precision": config.precision,
         "weights_sha256": weights_digest(model),
     }
     if world.rank == 0:
-        names = ("world_size", "images_per_second", "best_epoch", "hosts")
+        names = ("world_size", "images_per_second", "best_epoch", "hosts", "precision")
         record = update_run(folder, **{name: summary[name] for name in names})
         if not record["stages"]:  # a run by hand, which nobody else will call finished
             update_run(folder, status="finished", ended=now())
@@ -212,7 +215,7 @@ def measure_throughput(
     world = distributed.start(config.threads)
     info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
     model, optimizer = _build(config, len(info["findings"]), world)
-    train_step, batches = build_train_step(model, optimizer), _endless(config, world)
+    train_step, batches = build_train_step(model, optimizer, xla=config.xla), _endless(config, world)
 
     def run_step(number: int) -> tuple[float, float]:
         beat(f"measuring step {number}")
@@ -262,17 +265,28 @@ def _check_validation(config: TrainConfig, info: dict) -> None:
         )
 
 
-def build_train_step(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Callable:
-    """A compiled step: (B, H, W, 1) uint8 and (B, K) float32 in, this rank's mean loss out; weights updated."""
-    compute, loss_function = fast.forward(model), keras.losses.BinaryCrossentropy()
+def build_train_step(model: keras.Model, optimizer: keras.optimizers.Optimizer, *, xla: bool = False) -> Callable:
+    """A compiled step: (B, H, W, 1) uint8 and (B, K) float32 in, this rank's mean loss out; weights updated.
 
-    @tf.function(reduce_retracing=True)
-    def train_step(radiographs, labels):
+    With `xla` forward and backward pass are compiled by XLA, which knows TensorFlow's own operations alone.
+    """
+    compute, loss_function = fast.forward(model, compiled=not xla), keras.losses.BinaryCrossentropy()
+
+    def differentiate(radiographs, labels):
         with tf.GradientTape() as tape:
             loss = loss_function(labels, compute(radiographs, training=True))
             scaled = optimizer.scale_loss(loss)
+        return loss, tape.gradient(scaled, model.trainable_variables)
+
+    if xla:
+        # Horovod: the exchange stays outside, where it is the same operation as without XLA.
+        differentiate = tf.function(differentiate, jit_compile=True)
+
+    @tf.function(reduce_retracing=True)
+    def train_step(radiographs, labels):
+        loss, gradients = differentiate(radiographs, labels)
         # Horovod: `averaging` made apply() average these gradients over all ranks first.
-        optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
         return loss
 
     return train_step
@@ -360,7 +374,12 @@ def gather_names(name: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in distributed.gather(padded)]
 
 
+def _settled(config: TrainConfig) -> TrainConfig:
+    return replace(config, precision=distributed.settle_precision(config.precision))
+
+
 def _build(config: TrainConfig, findings: int, world: distributed.World):
+    config = _settled(config)
     # The same seed on every rank; the broadcast makes sure whatever the seed does not reach.
     keras.utils.set_random_seed(config.seed)
     weights = None if config.weights in ("", "none") else config.weights
