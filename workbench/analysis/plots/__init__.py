@@ -29,6 +29,7 @@ from workbench.analysis.plots.judgement import (
 )
 from workbench.analysis.plots.localisation import plot_localisation
 from workbench.analysis.plots.scaling import plot_efficiency, plot_throughput, plot_time_to_train
+from workbench.analysis.plots.sweep import plot_sweep
 from workbench.analysis.plots.training import plot_history
 from workbench.analysis.plots.walls import plot_heat_maps, plot_radiographs
 
@@ -50,6 +51,7 @@ __all__ = [
     "plot_roc",
     "plot_split_shift",
     "plot_subgroups",
+    "plot_sweep",
     "plot_throughput",
     "plot_time_to_train",
 ]
