@@ -213,7 +213,7 @@ def _make_data(root: Path, points: Sequence[Point]) -> None:
     """Write the made-up data by the first point that wants it, so that the order of running does not decide it."""
     for point in points:
         given = point.parameters
-        if given.get("synthetic_patients") and not (root / given["data_folder"]).exists():
+        if given.get("synthetic_patients") and not given.get("table") and not (root / given["data_folder"]).exists():
             synthetic.write_synthetic(
                 root / given["data_folder"], patients=given["synthetic_patients"], seed=given["seed"], progress=False
             )
