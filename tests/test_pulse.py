@@ -148,3 +148,28 @@ def test_a_process_ends_with_its_parent():
     parent.stdout.close()
     _, alive = psutil.wait_procs([child], timeout=10)
     assert not alive
+
+
+def test_threads_that_only_look_around_do_not_count_as_computing():
+    ends = threading.Event()
+
+    def look_around():
+        while not ends.is_set():
+            pass
+
+    def computed_in(seconds):
+        before, began = pulse._computed(), time.monotonic()
+        while time.monotonic() < began + seconds:
+            time.sleep(0.05)
+        return pulse._computed() - before
+
+    looking = threading.Thread(target=look_around, daemon=True)
+    with pulse.uncounted():
+        looking.start()
+    try:
+        uncounted = computed_in(1)
+        pulse._uncounted.discard(str(looking.native_id))
+        assert uncounted < computed_in(1) / 4
+    finally:
+        ends.set()
+        looking.join()

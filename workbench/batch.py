@@ -34,6 +34,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from workbench import Interrupted, WorkbenchError, provenance, report, runs
+from workbench.training import sites
 from workbench.training.config import TrainConfig
 
 # What each notebook is for, as the progress line says it.
@@ -160,6 +161,8 @@ def check_parameters(root: Path, chosen: Mapping[str, Any], *, where: str) -> di
         for name, least in (("workers", 0), ("measured_steps", 1), ("hang_limit", 5)):
             if (value := (defaults | checked)[name]) < least:
                 raise WorkbenchError(f"`{name}` of {where} is {value}: it has to be {least} or more.")
+        site = sites.read_site(root, (defaults | checked).get("cluster_name", "local"))
+        site.check_workers((defaults | checked)["workers"] or site.slots)
     # And what the evaluation would refuse, before hours of training.
     for name, choices in CHOICES.items():
         if (value := checked.get(name, choices[0])) not in choices:

@@ -34,6 +34,10 @@ def _run(options: argparse.Namespace) -> None:
     from workbench import batch, runs
 
     root, settings = runs.project_root(), batch.parse_settings(options.set)
+    if options.cluster:
+        # Another place than the recipe was written for: all that it takes, unless a number is asked for.
+        workers = {} if options.resume else {"workers": 0}
+        settings = {"cluster_name": options.cluster, **workers, **settings}
     if options.resume:
         from workbench import rerun
 
@@ -215,6 +219,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", nargs="?", default="", metavar="RECIPE", help="a recipe's name, or a .yml file")
     run.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a parameter; may be given repeatedly"
+    )
+    run.add_argument(
+        "--cluster",
+        default="",
+        metavar="NAME",
+        help="run the workers there, as many as it takes: a name of clusters.yml",
     )
     run.add_argument("--name", default="", help="the run's name (default: recipe and time)")
     run.add_argument("--from", dest="first", default="", metavar="STAGE", help="begin with this stage, such as 03")

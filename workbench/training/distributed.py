@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from workbench import WorkbenchError
 from workbench.training.config import COMPRESSIONS
-from workbench.training.pulse import exchange
+from workbench.training.pulse import exchange, uncounted
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,15 @@ def start(threads: int = 0) -> World:
     """Initialise Horovod if MPI started this process, pin the GPU, set the threads. Later calls change nothing.
 
     Args:
-        threads: TensorFlow threads of this rank; 0 means as many as it was given cores.
+        threads: TensorFlow threads of this rank; 0 means as many as it was given cores, or, where ranks are not bound
+            to any, its share of the host's.
     """
     global _world, _hvd
     if _world is not None:
         return _world
     _compute_alike()
-    threads = threads or len(os.sched_getaffinity(0))
+    sharing = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) if os.environ.get("WORKBENCH_UNBOUND") else 1
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // sharing)
     # In a process where TensorFlow has computed already its threads are what they are.
     with contextlib.suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -60,7 +62,7 @@ def start(threads: int = 0) -> World:
         # Horovod: imported only where MPI runs, so that one process needs neither.
         import horovod.tensorflow as hvd
 
-        with exchange():
+        with exchange(), uncounted():
             hvd.init()
         _hvd = hvd
         world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), threads)

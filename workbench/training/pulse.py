@@ -28,14 +28,13 @@ from workbench import Interrupted
 
 PACKAGE = str(Path(__file__).parents[1])
 EVERY = 1.0  # seconds between two signs
-# Cores, in user mode, from which on a rank computes, however slowly; one that waits or hangs has Horovod's threads
-# look around a thousand times a second, for 0.01 to 0.09 cores.
-BUSY = 0.15
+BUSY = 0.15  # cores, in user mode, from which on a rank computes, however slowly
 PATIENCE = 10  # times the limit, for a rank that computes, or that said it would take long
 STARTING = {"number": 0, "beats": 0, "doing": "starting", "patience": PATIENCE, "exchanging": False}
 UNHEARD = STARTING | {"at": "before its first sign", "cpu": 0.0}
 
 _state, _asked_to_stop = dict(STARTING), False
+_uncounted: set[str] = set()  # ids of threads
 
 
 def beat(doing: str, *, patience: int = 1, stops: bool = True) -> None:
@@ -65,12 +64,26 @@ def exchange() -> Iterator[None]:
 
 
 @contextmanager
+def uncounted() -> Iterator[None]:
+    """Leave the threads that are begun in this block out of what a rank computes.
+
+    Horovod's thread looks around a thousand times a second while the rank hangs or waits: seen as 0.01 to 0.2 cores,
+    which is as much as a rank that computes on a busy machine.
+    """
+    before = set(os.listdir("/proc/self/task"))
+    try:
+        yield
+    finally:
+        _uncounted.update(set(os.listdir("/proc/self/task")) - before)
+
+
+@contextmanager
 def told(publish: Callable[[dict], None]) -> Iterator[None]:
     """Publish a sign at once and every second until the block ends.
 
     A sign has `number` (of the sign), `beats` (so far), `doing`, `patience`, `at` (file, line and function of this
-    package that the calling thread is in) and `cpu` (user seconds of all threads). While the block runs, SIGINT asks
-    this rank to stop at its next beat.
+    package that the calling thread is in) and `cpu` (user seconds, without `uncounted`
+    threads). While the block runs, SIGINT asks this rank to stop at its next beat.
     """
     global _asked_to_stop
     ended, here = threading.Event(), threading.get_ident()
@@ -81,7 +94,7 @@ def told(publish: Callable[[dict], None]) -> Iterator[None]:
     def tell() -> None:
         while True:
             _state["number"] += 1
-            publish(_state | {"at": _place(here), "cpu": os.times().user})
+            publish(_state | {"at": _place(here), "cpu": _computed()})
             if ended.wait(EVERY):
                 return
 
@@ -94,6 +107,18 @@ def told(publish: Callable[[dict], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         ended.set()
         thread.join()
+
+
+def _computed() -> float:
+    """User seconds of this process, without those of its uncounted threads."""
+    without = 0.0
+    for thread in _uncounted:
+        try:
+            told = Path(f"/proc/self/task/{thread}/stat").read_text()
+        except OSError:  # it has ended
+            continue
+        without += int(told.rpartition(")")[2].split()[11]) / os.sysconf("SC_CLK_TCK")
+    return os.times().user - without
 
 
 def _ask_to_stop(_number, _frame) -> None:
