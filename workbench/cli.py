@@ -54,6 +54,9 @@ def _sweep(options: argparse.Namespace) -> None:
     root, grid = runs.project_root(), sweep.parse_grid([word for words in options.grid for word in words])
     name = options.name or sweep.name_of(options.recipe)
     settings = batch.parse_settings(options.set)
+    if options.cluster:
+        # As in `_run`.
+        settings = {"cluster_name": options.cluster, **({} if "workers" in grid else {"workers": 0}), **settings}
     points = sweep.plan_sweep(root, options.recipe, grid, overrides=settings, name=name)
     if options.dry_run:
         for point in points:
@@ -247,6 +250,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument(
         "--name", default="", help="the sweep's name, with which its runs' begin (default: RECIPE-sweep)"
+    )
+    sweep.add_argument(
+        "--cluster", default="", metavar="NAME", help="run each point's workers there, see `workbench run`"
     )
     sweep.add_argument("--at-once", type=int, default=1, metavar="N", help="points that run at a time (default: 1)")
     sweep.add_argument("--dry-run", action="store_true", help="only list the points and what has become of them")

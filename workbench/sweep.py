@@ -169,17 +169,14 @@ def status_of(root: Path, point: Point) -> str:
     return "broken off" if status == "running" and not runs.is_written(folder) else status
 
 
-def run_sweep(
-    root: Path, name: str, points: Sequence[Point], *, at_once: int = 1, passed_on: Sequence[str] = ()
-) -> pd.DataFrame:
+def run_sweep(root: Path, name: str, points: Sequence[Point], *, at_once: int = 1) -> pd.DataFrame:
     """Begin or resume every point that is not finished, and write and return the table of all.
 
     Args:
         root: the project's top folder.
         name: the sweep's, of its table and picture in results/sweeps/.
         points: of `plan_sweep`.
-        at_once: how many points may run at a time.
-        passed_on: further arguments for every `workbench run`.
+        at_once: how many points may run at a time; with a Slurm cluster, how many jobs may wait or run.
 
     Raises:
         Interrupted: on Ctrl-C, when the points that ran have ended.
@@ -194,7 +191,7 @@ def run_sweep(
         raise WorkbenchError(f"{sweeps} cannot be made ({error.strerror}): allow writing in results/.") from None
     with held(sweeps / f".{name}.lock", f"The sweep {name}"):
         _make_data(root, points)
-        told = _run_points(root, points, at_once, passed_on)
+        told = _run_points(root, points, at_once)
         table = table_of(root, points)
         _write(sweeps / name, table, list(points[0].setting))
     if told["stopped"]:
@@ -219,7 +216,7 @@ def _make_data(root: Path, points: Sequence[Point]) -> None:
             )
 
 
-def _run_points(root: Path, points: Sequence[Point], at_once: int, passed_on: Sequence[str]) -> dict:
+def _run_points(root: Path, points: Sequence[Point], at_once: int) -> dict:
     number = {point.name: f"[{place}/{len(points)}] {point}" for place, point in enumerate(points, 1)}
     waiting, running, began = deque(points), {}, time.monotonic()
     with _stopping(running) as asked:
@@ -232,7 +229,7 @@ def _run_points(root: Path, points: Sequence[Point], at_once: int, passed_on: Se
                         waiting.append(point)  # of a sweep that was killed: its process is about to end
                     elif status == "finished":
                         print(f"{number[point.name]}: was finished; {_results(root, point)}", flush=True)
-                    elif process := _start(root, point, status, number[point.name], passed_on):
+                    elif process := _start(root, point, status, number[point.name]):
                         running[point.name] = process
                         break
                 for name in [name for name, process in running.items() if process.poll() is not None]:
@@ -269,7 +266,7 @@ def _stopping(running: dict[str, subprocess.Popen]) -> Iterator[list]:
             signal.signal(number, handler)
 
 
-def _start(root: Path, point: Point, status: str, shown: str, passed_on: Sequence[str]) -> subprocess.Popen | None:
+def _start(root: Path, point: Point, status: str, shown: str) -> subprocess.Popen | None:
     folder = root / "results" / point.name
     try:
         if status == "missing":
@@ -289,7 +286,7 @@ def _start(root: Path, point: Point, status: str, shown: str, passed_on: Sequenc
         if os.getppid() != parent:
             os._exit(1)
 
-    command = [sys.executable, "-m", "workbench", "run", "--resume", point.name, *passed_on]
+    command = [sys.executable, "-m", "workbench", "run", "--resume", point.name]
     with log:
         # A session of its own: Ctrl-C in the terminal comes once, through this process.
         return subprocess.Popen(

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from workbench.analysis.plots.style import BLUE, GREY, INK, VERMILLION, dress, one_panel
+from workbench.analysis.plots.style import BLUE, GREY, INK, dress, one_panel
 
 
 def plot_sweep(table: pd.DataFrame, names: Sequence[str], *, ax: Axes | None = None) -> Axes:
@@ -35,10 +35,9 @@ def plot_sweep(table: pd.DataFrame, names: Sequence[str], *, ax: Axes | None = N
             ax.vlines(means, means.index + shift - 0.12, means.index + shift + 0.12, color=INK, linewidth=2, zorder=4)
     if "seed" not in names:
         ax.hlines(place - 0.14, table["ci_low"], table["ci_high"], color=BLUE, alpha=0.45, linewidth=1.8)
-    ax.axvline(0.5, color=VERMILLION, linewidth=0.9, linestyle=(0, (4, 3)))
     ax.set_yticks(np.arange(len(order)), order.index)
     ax.set_ylim(-0.6, len(order) - 0.4)
     told = "bars: means over the seeds" if "seed" in names else "lines: 95% intervals on test"
-    dress(ax, f"Mean AUROC by setting ({told})", xlabel="mean AUROC (dashed: chance)", grid="both")
+    dress(ax, f"Mean AUROC by setting ({told})", xlabel="mean AUROC over the findings", grid="both")
     ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
