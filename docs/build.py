@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 
 DOCS = Path(__file__).resolve().parent
-ROOT, BUILD = DOCS.parent, DOCS / "_build"
+ROOT = DOCS.parent
 PYTHON = ROOT / ".venv" / "bin" / "python"
 # The recipe `synthetic`, small enough for a minute.
 SMALL = {
@@ -38,15 +38,16 @@ WINGS = {
 }
 
 
-def main(run: str = "") -> int:
-    """Build the site; returns the exit status."""
-    shutil.rmtree(BUILD, ignore_errors=True)
-    source = BUILD / "source"
+def main(run: str = "", place: str | Path = DOCS / "_build") -> int:
+    """Build the site in `place`, which is emptied; returns the exit status."""
+    place = Path(place)
+    shutil.rmtree(place, ignore_errors=True)
+    source = place / "source"
     pages = [path for path in DOCS.iterdir() if path.suffix in (".md", ".py") and path.name != "build.py"]
     (source / "notebooks").mkdir(parents=True)
     for page in pages:
         shutil.copy(page, source)
-    project = Path(os.environ.get("WORKBENCH_ROOT") or ROOT) if run else BUILD / "project"
+    project = Path(os.environ.get("WORKBENCH_ROOT") or ROOT) if run else place / "project"
     folder = project / "results" / (run or "made-up")
     if not run:
         shutil.copytree(ROOT / "notebooks", project / "notebooks")
@@ -65,16 +66,20 @@ def main(run: str = "") -> int:
         source,
         BUILD / "html",
     ]
-    status = subprocess.run([sys.executable, *command], env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}).returncode
+    status = subprocess.run(
+        [sys.executable, *command], env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "WORKBENCH_SOURCE": str(ROOT)}
+    ).returncode
     if not status:
-        print(BUILD / "html" / "index.html")
+        print(place / "html" / "index.html")
     return status
 
 
 def work(project: Path, *arguments: str) -> None:
     """Run Python in the environment of the workbench, on a project's folder."""
     quiet = {"WORKBENCH_ROOT": str(project), "WORKBENCH_PLAIN_PROGRESS": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
-    subprocess.run([PYTHON, *arguments], env=os.environ | quiet, check=True)
+    told = subprocess.run([PYTHON, *arguments], env=os.environ | quiet, capture_output=True, text=True)
+    if told.returncode:
+        raise SystemExit(told.stdout[-3000:] + told.stderr[-3000:])
 
 
 def copy_notebooks(project: Path, folder: Path, place: Path) -> None:
@@ -140,4 +145,4 @@ def write_reference(place: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(main(*sys.argv[1:3]))

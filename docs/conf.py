@@ -1,11 +1,10 @@
 """How Sphinx builds the site; `docs/build.py` calls it, on pages that it has put together."""
 
+import os
 import re
 import sys
-from pathlib import Path
 
-# The site is put together below docs/, see build.py.
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+sys.path.insert(0, os.environ["WORKBENCH_SOURCE"])
 from workbench import __version__
 
 project, author, version = "Workbench", "", __version__
