@@ -55,20 +55,9 @@ def main(run: str = "", place: str | Path = DOCS / "_build") -> int:
         work(project, "-m", "workbench", "run", "synthetic", "--name", folder.name, *settings)
     copy_notebooks(project, folder, source / "notebooks")
     write_reference(source / "reference")
-    command = [
-        "-m",
-        "sphinx",
-        "--fail-on-warning",
-        "--keep-going",
-        "--quiet",
-        "-d",
-        BUILD / "cache",
-        source,
-        BUILD / "html",
-    ]
-    status = subprocess.run(
-        [sys.executable, *command], env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "WORKBENCH_SOURCE": str(ROOT)}
-    ).returncode
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "-d", place / "cache"]
+    settings = {"TF_CPP_MIN_LOG_LEVEL": "3", "WORKBENCH_SOURCE": str(ROOT)}
+    status = subprocess.run([*command, source, place / "html"], env=os.environ | settings).returncode
     if not status:
         print(place / "html" / "index.html")
     return status
