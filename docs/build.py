@@ -30,6 +30,14 @@ SMALL = {
     "measured_steps": 10,
     "resamples": 200,
 }
+# What stands elsewhere and belongs to the site, as pages name it: its name there.
+ELSEWHERE = {
+    "../CHANGELOG.md": "changes.md",
+    "../CONTRIBUTING.md": "contributing.md",
+    "../data/README.md": "data.md",
+    "../results/README.md": "results.md",
+    "../tests/benchmarks/bench.png": "bench.png",
+}
 WINGS = {
     "workbench": "The ground, and what stands on top",
     "workbench.data": "Data",
@@ -45,8 +53,13 @@ def main(run: str = "", place: str | Path = DOCS / "_build") -> int:
     source = place / "source"
     pages = [path for path in DOCS.iterdir() if path.suffix in (".md", ".py") and path.name != "build.py"]
     (source / "notebooks").mkdir(parents=True)
+    for name, here in ELSEWHERE.items():
+        shutil.copy(DOCS / name, source / here)
     for page in pages:
-        shutil.copy(page, source)
+        text = page.read_text()
+        for name, here in ELSEWHERE.items():
+            text = text.replace(f"]({name})", f"]({here})")
+        (source / page.name).write_text(text)
     project = Path(os.environ.get("WORKBENCH_ROOT") or ROOT) if run else place / "project"
     folder = project / "results" / (run or "made-up")
     if not run:
