@@ -26,7 +26,7 @@ in_environment := PATH="$(CURDIR)/.venv/bin:$$PATH"
 compile := .uv/bin/uv pip compile pyproject.toml --python-version 3.11.2 \
 	--generate-hashes --no-header --no-annotate --quiet
 
-.PHONY: help run test lint lab bench lock clean
+.PHONY: help run test lint lab docs bench lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ lab: .venv/.ready ## open JupyterLab on the notebooks; ARGS="--no-browser --port
 	$(in_environment) .venv/bin/jupyter lab --LabApp.default_url=/lab/tree/notebooks \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
+docs: .venv/.ready .docs/.ready ## build the documentation into docs/_build/html; RUN=name for the notebooks of that run
+	$(in_environment) .docs/bin/python docs/build.py $(RUN)
+
 bench: .venv/.ready ## measure the speed against others, 20 minutes; ROW="name name" for some rows
 	@$(MAKE) --no-print-directory .peers/.ready || echo "bench: PyTorch's CPU build cannot be had, so rows against it" \
 		"are left out: go online, or name a folder that holds it, as in 'make bench PIP_FIND_LINKS=FOLDER'."
@@ -55,13 +58,16 @@ lock: .uv/.ready ## pin what pyproject.toml asks for; ARGS=--upgrade takes newer
 	# Horovod is left out: on GPUs it is built last, see environment.yml.
 	$(compile) --extra gpu --extra dev $(ARGS) --output-file requirements-gpu.txt \
 		--constraint requirements-cpu.txt --no-emit-package horovod
+	# Of the same versions as the environment it stands on.
+	.uv/bin/uv pip compile --group docs --python-version 3.11.2 --generate-hashes --no-header --no-annotate --quiet \
+		$(ARGS) --output-file requirements-docs.txt --constraint requirements-cpu.txt
 	$(from_cpu_torch)
 	with_torch .uv/bin/uv pip compile tests/benchmarks/peers.in --python-version 3.11.2 --generate-hashes --no-header \
 		--no-annotate --quiet $(ARGS) --output-file tests/benchmarks/requirements-peers.txt
 	git diff --stat -- 'requirements-*.txt' tests/benchmarks/requirements-peers.txt
 
 clean: ## remove what was installed and cached; data/ and results/ stay
-	rm -rf .uv .venv .peers .cache workbench/training/kernels-*.so .pytest_cache .ruff_cache
+	rm -rf .uv .venv .docs .peers .cache docs/_build workbench/training/kernels-*.so .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Set-up. It can be broken off at any moment: .ready is written last, and an environment without it is made anew.
@@ -103,6 +109,15 @@ endef
 	.venv/bin/python -m workbench.training.kernels >/dev/null || say "the compiled kernels could not be made"
 	echo "$(CURDIR)" > $@
 	say "done"
+
+# The site is built by programs of its own that find the environment's packages, since the reference imports them all.
+.docs/.ready: .venv/.ready requirements-docs.txt
+	@say() { echo "set-up: $$*"; }
+	say "what documentation is built with, into .docs"
+	.uv/bin/uv venv --quiet --clear --python .venv/bin/python .docs
+	.uv/bin/uv pip sync --python .docs/bin/python requirements-docs.txt
+	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .docs/lib/python3.11/site-packages/environment.pth
+	touch $@
 
 # What benchmarks compare with has an environment of its own, so that nobody else needs it. PyTorch's CPU build is not
 # in the Python package index: it is taken from where pip is set up to find files, or else from where uv knows it to be.

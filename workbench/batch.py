@@ -90,12 +90,14 @@ def resume_run(root: Path, name: str, *, overrides: Mapping[str, Any] | None = N
     name, record = folder.name, runs.read_run(folder)
     parameters = check_parameters(root, record["parameters"] | dict(overrides or {}), where=f"the run {name}")
     left = next((stage for stage, told in record["stages"].items() if told["status"] != "finished"), None)
-    if not first and left is None:
+    if not first and left is None and record["status"] == "finished":
         raise WorkbenchError(f"The run `{name}` is finished: nothing is left to resume, unless you say --from STAGE.")
     now = provenance.describe(root) | {"versions": runs.versions(), "git": runs.git_commit(root)}
     for phrase in provenance.differences(record, now):
         print(f"not as when the run began: {phrase}")
-    return execute(root, folder, parameters, _from(first or left))
+    # A run that was killed before its first stage begins with that; one after its last, with nothing but its end.
+    stages = _from(first or left or "") if first or left or not record["stages"] else []
+    return execute(root, folder, parameters, stages)
 
 
 def read_recipe(root: Path, recipe: str) -> tuple[str, dict]:

@@ -48,6 +48,23 @@ def _run(options: argparse.Namespace) -> None:
     _summarise(folder)
 
 
+def _sweep(options: argparse.Namespace) -> None:
+    from workbench import batch, runs, sweep
+
+    root, grid = runs.project_root(), sweep.parse_grid([word for words in options.grid for word in words])
+    name = options.name or sweep.name_of(options.recipe)
+    settings = batch.parse_settings(options.set)
+    if options.cluster:
+        # As in `_run`.
+        settings = {"cluster_name": options.cluster, **({} if "workers" in grid else {"workers": 0}), **settings}
+    points = sweep.plan_sweep(root, options.recipe, grid, overrides=settings, name=name)
+    if options.dry_run:
+        for point in points:
+            print(f"{point.name}: {point}, {sweep.status_of(root, point)}")
+        return
+    sweep.run_sweep(root, name, points, at_once=options.at_once)
+
+
 def _rerun(options: argparse.Namespace) -> int:
     from workbench import batch, rerun, runs
 
@@ -225,6 +242,30 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="first", default="", metavar="STAGE", help="begin with this stage, such as 03")
     run.add_argument("--resume", default="", metavar="RUN", help="go on with a run where it stopped")
     run.set_defaults(call=_run)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a recipe with every combination of some values, and table the results",
+        description="Run a recipe with every combination of the values, one run each, in processes of their own: one "
+        "that fails stops no other. The same command again leaves what is finished and resumes what broke off. "
+        "Writes results/sweeps/NAME.csv and .png, with mean and spread over seeds if `seed` is in the grid.",
+    )
+    sweep.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or a .yml file")
+    sweep.add_argument(
+        "--grid", nargs="+", action="append", required=True, metavar="KEY=V,V", help="a parameter and its values"
+    )
+    sweep.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a parameter; may be given repeatedly"
+    )
+    sweep.add_argument(
+        "--name", default="", help="the sweep's name, with which its runs' begin (default: RECIPE-sweep)"
+    )
+    sweep.add_argument(
+        "--cluster", default="", metavar="NAME", help="run each point's workers there, see `workbench run`"
+    )
+    sweep.add_argument("--at-once", type=int, default=1, metavar="N", help="points that run at a time (default: 1)")
+    sweep.add_argument("--dry-run", action="store_true", help="only list the points and what has become of them")
+    sweep.set_defaults(call=_sweep)
 
     rerun = commands.add_parser(
         "rerun",

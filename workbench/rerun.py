@@ -237,7 +237,7 @@ def _check_data(root: Path, then: Any, parameters: dict, stages: list[str]) -> t
             )
         stages = [stage for stage in stages if stage >= "03"]
         notes.append(f"{data} is not here, so it begins with 03_train, on the shards that are")
-    names = ("split", "train_list", "val_list", "test_list")
+    names = ("table", "split", "train_list", "val_list", "test_list")
     reads = stages[0] < "03" and not made_up
     sources = chestxray14.hash_sources(data, **{name: parameters[name] for name in names}) if reads else {}
     if not written:

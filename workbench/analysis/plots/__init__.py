@@ -35,6 +35,7 @@ from workbench.analysis.plots.scaling import (
     plot_throughput,
     plot_time_to_train,
 )
+from workbench.analysis.plots.sweep import plot_sweep
 from workbench.analysis.plots.training import plot_history
 from workbench.analysis.plots.walls import plot_heat_maps, plot_radiographs
 
@@ -58,6 +59,7 @@ __all__ = [
     "plot_split_shift",
     "plot_step_parts",
     "plot_subgroups",
+    "plot_sweep",
     "plot_throughput",
     "plot_time_to_train",
 ]
