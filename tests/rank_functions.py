@@ -199,3 +199,20 @@ def take_memory(rank: int, group: str):
             file.write(str(os.getpid()))
         return [np.ones(1 << 20) for _ in range(1000)]
     distributed.average({"never": 1.0})
+
+
+def train_slowed(rank: int, config, folder, *, report):
+    """A training in which one rank has more to do at every step: it keeps its core busy for a while."""
+    beat = trainer.beat
+
+    def beat_and_work(doing, **settings):
+        beat(doing, **settings)
+        until = time.perf_counter() + 0.05 * (distributed.start().rank == rank)
+        while time.perf_counter() < until:
+            pass
+
+    trainer.beat = beat_and_work
+    try:
+        return trainer.train(config, folder, report=report)
+    finally:
+        trainer.beat = beat
