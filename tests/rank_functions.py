@@ -251,3 +251,20 @@ def average_on(device: str, compression: str):
         tf.function(lambda: optimizer.apply([gradient], [weight]))()
     built = distributed._hvd.nccl_built() if distributed._hvd else 0
     return {"averaged": np.array(weight), "device": weight.value.device, "nccl": built}
+
+
+def train_slowed(rank: int, config, folder, *, report):
+    """A training in which one rank has more to do at every step: it keeps its core busy for a while."""
+    beat = trainer.beat
+
+    def beat_and_work(doing, **settings):
+        beat(doing, **settings)
+        until = time.perf_counter() + 0.05 * (distributed.start().rank == rank)
+        while time.perf_counter() < until:
+            pass
+
+    trainer.beat = beat_and_work
+    try:
+        return trainer.train(config, folder, report=report)
+    finally:
+        trainer.beat = beat

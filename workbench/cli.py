@@ -107,6 +107,16 @@ def _runs(options: argparse.Namespace) -> None:
     print(table.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"))
 
 
+def _watch(options: argparse.Namespace) -> int:
+    from workbench import runs
+    from workbench.training import progress
+
+    folder = runs.find_run(runs.project_root(), options.run, having=runs.PROGRESS)
+    print(folder, flush=True)
+    progress.follow(folder)
+    return int(progress.read(folder)["status"] != "finished")
+
+
 def _compare(options: argparse.Namespace) -> None:
     from workbench import runs
     from workbench.analysis import comparison, evaluation, plots
@@ -284,6 +294,15 @@ def _parser() -> argparse.ArgumentParser:
     all_runs = commands.add_parser("runs", help="all runs as a table, the newest first")
     all_runs.add_argument("--html", action="store_true", help="write them as a page, results/index.html, with links")
     all_runs.set_defaults(call=_runs)
+
+    watch = commands.add_parser(
+        "watch",
+        help="show a run's training while it runs, and how it ended",
+        description="Show a training that runs anywhere on this file system, and how it ended. Ctrl-C ends only the "
+        "watching. Ends with 1 if the training did not finish.",
+    )
+    watch.add_argument("run", nargs="?", default="", metavar="RUN", help="a run under results/ (default: the newest)")
+    watch.set_defaults(call=_watch)
 
     predict = commands.add_parser(
         "predict",

@@ -45,6 +45,8 @@ _RECORD = {
 }
 # Held by the process that carries a recipe through the notebooks, and by the rank that trains and writes.
 RUN_LOCK, TRAINING_LOCK = ".run.lock", ".training.lock"
+# Held by the process that watches a training for others, and writes PROGRESS.
+PROGRESS_LOCK, PROGRESS = ".progress.lock", "progress.json"
 VERSIONS_OF = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "numpy", "workbench")
 VERSIONS_OF += ("kornia-rs", "pandas", "pillow", "scikit-learn", "scipy")
 

@@ -90,6 +90,7 @@ class Workers:
         self._cluster = cluster
         self._hang_limit = hang_limit
         self._ended = ""
+        self._stops = 0
 
     def __len__(self) -> int:
         return len(self._engine_ids)
@@ -111,7 +112,8 @@ class Workers:
             function: its full name, such as "workbench.training.trainer.train", imported on the workers.
             *args: for the function, on every rank; anything that can be pickled.
             watch: called here, while waiting, with each new state of rank 0's progress: all that the function
-                has given to its `report` argument so far, the newest of each name, under "history" every row.
+                has given to its `report` argument so far, the newest of each name, under "history" every row; and
+                under "ranks" what each rank measured of itself (see `pulse.told`), at least every other second.
             advice: how to go on, added to the error of a rank that went or hangs, and to `Interrupted`.
             **kwargs: for the function as well.
 
@@ -138,8 +140,10 @@ class Workers:
                         raise Interrupted(f"Interrupted; rank 0 did not come to a step's end in {STOPPING:.0f} s.")
                     time.sleep(POLL)
                 except KeyboardInterrupt:
-                    if give_up:
-                        raise Interrupted("Interrupted twice, and ended at once.") from None
+                    self.stop()
+                if self._stops > 1:
+                    raise Interrupted("Interrupted twice, and ended at once.")
+                if self._stops and not give_up:
                     give_up = time.monotonic() + STOPPING
                     print("Stopping at the next step; interrupt once more to end at once.", flush=True)
                     # Rank 0 writes all files; the others only wait for it, so they can be ended anywhere.
@@ -151,6 +155,10 @@ class Workers:
             if advice and isinstance(error, WorkerError | Interrupted):
                 error.args = (f"{error} {advice}",)
             raise
+
+    def stop(self) -> None:
+        """Ask what runs to end at its next step, as an interrupt does; from any thread. Twice: at once."""
+        self._stops += 1
 
     def _look(self, following: _Following) -> None:
         """One look at all ranks; raises what is wrong."""
@@ -198,7 +206,7 @@ class _Following:
     def __init__(self, pending: dict, signs: pulse.Watch, watch: Callable[[dict], None] | None):
         self.pending, self.waiting = pending, dict(pending)
         self._signs, self._watch = signs, watch
-        self._seen, self._shown = None, collections.Counter()
+        self._seen, self._shown, self._told = None, collections.Counter(), 0.0
 
     def take(self) -> int | None:
         """Pass on what is new, forget who is done; returns the rank that failed first, if one did."""
@@ -212,9 +220,9 @@ class _Following:
                 self._shown[rank, stream] += _show_output(rank, text, final=rank in done)
             self._signs.hear(rank, dict(result.data or {}).get("sign"), now)
         progress = dict(self.pending[0].data or {}).get("progress")
-        if self._watch and progress and progress != self._seen:
-            self._seen = progress
-            self._watch(progress)
+        if self._watch and progress and (progress != self._seen or now - self._told > 2 * pulse.EVERY):
+            self._seen, self._told = progress, now
+            self._watch(progress | {"ranks": self._signs.measured()})
         failed = [rank for rank, result in done.items() if not result.successful()]
         if failed:
             return min(failed, key=lambda rank: self.pending[rank].completed or 0)

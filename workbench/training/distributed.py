@@ -39,6 +39,7 @@ class World:
 
 _world: World | None = None
 _hvd = None
+_clock: tf.Variable | None = None  # of this rank's own time and that in exchanges, see `exchange_seconds`
 
 
 def start(threads: int = 0) -> World:
@@ -131,12 +132,57 @@ def averaging(optimizer: keras.optimizers.Optimizer, *, compression: str = "none
     if _hvd is None:
         return optimizer
     base = type(optimizer)
+    clock = _begin_clock()
 
     def apply(self, grads, trainable_variables=None):
-        return base.apply(self, _average_gradients(list(grads), compression), trainable_variables)
+        ready = _now_after(grads)
+        averaged = _average_gradients(list(grads), compression)
+        over = _now_after(averaged)
+        # Seconds since the exchange before, by myself and in this one, summed up; and when this one was over.
+        clock.assign(tf.stack([clock[0] + ready - clock[2], clock[1] + over - ready, over]))
+        return base.apply(self, averaged, trainable_variables)
 
     averaged = type(f"Averaging{base.__name__}", (base,), {"apply": apply})
     return averaged.from_config(optimizer.get_config())
+
+
+def _begin_clock() -> tf.Variable:
+    global _clock
+    with tf.device("CPU:0"):
+        _clock = tf.Variable([0.0, 0.0, 0.0], dtype=tf.float64, trainable=False)
+    return _clock
+
+
+def _now_after(gradients: list) -> tf.Tensor:
+    """The time at which all of these are computed, as float64 seconds; on a GPU as well, whose work comes later."""
+    held = [gradient for gradient in gradients if gradient is not None]
+    with tf.control_dependencies([tf.convert_to_tensor(gradient) for gradient in held]):
+        # A number that has to come to the host cannot come before what the GPU was given to do earlier.
+        last = tf.reshape(tf.convert_to_tensor(held[-1]), [-1])[0]
+    with tf.device("CPU:0"):
+        last = tf.identity(last)
+        with tf.control_dependencies([last]):
+            return tf.timestamp()
+
+
+def begin_steps() -> None:
+    """Have the time since the last step, in which something else was done, count as no step's."""
+    if _clock is not None:
+        _clock[2].assign(tf.timestamp())
+
+
+def exchange_seconds() -> tuple[float, float]:
+    """How long this rank has computed by itself, and how long it was in exchanges of gradients, since it began.
+
+    Its own time of a step is from the end of one exchange to where its gradients are ready for the next: the optimizer,
+    the input, forward and backward. In synchronous training all ranks do as many steps a second, and the slowest one
+    is the one that takes longest by itself: the others wait for it in the exchange. Without MPI there is no exchange,
+    and both are 0.
+    """
+    if _clock is None:
+        return 0.0, 0.0
+    own, exchanging, _ = _clock.numpy().tolist()
+    return own, exchanging
 
 
 def _average_gradients(gradients: list, compression: str) -> list:

@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -30,7 +30,7 @@ from workbench import WorkbenchError
 from workbench.data import damage, pipeline, shards
 from workbench.files import held, remove_parts, written_whole
 from workbench.runs import TRAINING_LOCK, now, update_run
-from workbench.training import checkpoint, distributed, fast, network, skipping
+from workbench.training import checkpoint, distributed, fast, network, pulse, skipping
 from workbench.training.config import TrainConfig, better, decay_after
 from workbench.training.pulse import PATIENCE, beat, exchange
 
@@ -409,6 +409,8 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
     rate = config.base_rate(world.size) * decay
     began = told = time.perf_counter()
     waited, losses = 0.0, []
+    distributed.begin_steps()
+    pace = _Pace(began, *distributed.exchange_seconds())
     for step in range(steps):
         asked = time.perf_counter()
         radiographs, labels = next(batches)
@@ -423,6 +425,7 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
         if time.perf_counter() - told > 1:
             told = time.perf_counter()
             done = step + 1
+            pace = _measure_pace(pace, _Pace(told, *distributed.exchange_seconds(), waited, done), config.batch_size)
             tell(
                 {
                     "phase": "training",
@@ -431,7 +434,10 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
                     "step": done,
                     "steps": steps,
                     "loss": float(np.mean([float(loss) for loss in losses[-20:-1] or losses])),
+                    "learning_rate": rate * config.warmup(epoch, step, steps),
                     "images_per_second": done * config.batch_size * world.size / (told - began),
+                    "input_wait_share": waited / (told - began),
+                    "epoch_seconds": told - began,
                 }
             )
     _check_finite(losses[-1], epoch, steps - 1, world.rank)
@@ -448,6 +454,32 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
         "learning_rate": rate * config.warmup(epoch, steps - 1, steps),
         "loss": row["loss"],
     }
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """Sums at a moment: the clock, seconds of this rank's own, in exchanges, waiting for input, and steps."""
+
+    clock: float
+    own: float
+    exchanging: float
+    waited: float = 0.0
+    steps: int = 0
+
+
+def _measure_pace(before: _Pace, now: _Pace, batch_size: int) -> _Pace:
+    """Tell with this rank's signs of life how it did since `before`; returns `now`."""
+    seconds, exchanging = now.clock - before.clock, now.exchanging - before.exchanging
+    # Horovod: all ranks do as many steps a second; how fast each would be shows in the time that is its own.
+    own = now.own - before.own or seconds
+    pulse.measure(
+        images_per_second=(now.steps - before.steps) * batch_size / max(own, 1e-9),
+        input_wait_share=(now.waited - before.waited) / seconds,
+        exchange_share=min(max(exchanging / seconds, 0.0), 1.0),
+    )
+    if tf.config.list_logical_devices("GPU"):
+        pulse.measure(gpu_memory=tf.config.experimental.get_memory_info("GPU:0")["current"])
+    return now
 
 
 def _training_batches(config: TrainConfig, epoch: int, world: distributed.World) -> tf.data.Dataset:
