@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from rigs import hosts, slurm, why_not
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The workers import the functions that tests run on them from here.
@@ -68,3 +69,21 @@ def ranks():
             return running[size]
 
         yield of_size
+
+
+@pytest.fixture(scope="session")
+def slurm_rig():
+    """A real Slurm with the nodes n1 and n2 on this host; a test that fails or drains one resumes it."""
+    if reason := why_not(*slurm.PROGRAMS):
+        pytest.skip(reason)
+    with slurm.running() as rig:
+        yield rig
+
+
+@pytest.fixture(scope="session")
+def ssh_rig():
+    """Two real ssh hosts, node1 and node2, in namespaces of this one; a test that stops one starts it again."""
+    if reason := why_not(*hosts.PROGRAMS):
+        pytest.skip(reason)
+    with hosts.running() as rig:
+        yield rig

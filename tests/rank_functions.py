@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import keras
 import numpy as np
@@ -199,3 +201,70 @@ def take_memory(rank: int, group: str):
             file.write(str(os.getpid()))
         return [np.ones(1 << 20) for _ in range(1000)]
     distributed.average({"never": 1.0})
+
+
+def exchange_small(times: int = 30):
+    """What the environment held that Horovod read, and the median seconds of a small exchange."""
+    distributed.start()
+    took = []
+    for _ in range(times):
+        began = time.perf_counter()
+        distributed.average({"one": 1.0})
+        took.append(time.perf_counter() - began)
+    names = ("HOROVOD_HIERARCHICAL_ALLREDUCE", "HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD")
+    return {"environment": {name: os.environ.get(name) for name in names}, "seconds": float(np.median(took))}
+
+
+def settle_with_gpus(capabilities: list):
+    """What "auto" becomes when each rank sees a GPU of its own kind, or none."""
+    here = distributed.start()
+    mine = capabilities[here.rank]
+    config = SimpleNamespace(
+        get_visible_devices=lambda kind: ["a GPU"] if mine else [],
+        experimental=SimpleNamespace(get_device_details=lambda gpu: {"compute_capability": tuple(mine)}),
+    )
+    with mock.patch.object(distributed, "tf", SimpleNamespace(config=config, convert_to_tensor=tf.convert_to_tensor)):
+        return distributed.settle_precision("auto")
+
+
+def gpu_of_rank():
+    """Which devices this rank computes on, and how much of the memory it has taken after a step."""
+    here = distributed.start()
+    train_on_different_data(averaged=True)
+    gpus = tf.config.get_visible_devices("GPU")
+    return {
+        "local_rank": here.local_rank,
+        "all": [gpu.name for gpu in tf.config.list_physical_devices("GPU")],
+        "mine": [gpu.name for gpu in gpus],
+        "growth": [tf.config.experimental.get_memory_growth(gpu) for gpu in gpus],
+    }
+
+
+def average_on(device: str, compression: str):
+    """A gradient averaged through the optimizer, on a device: ranks hold 1, 2, ... in it."""
+    here = distributed.start()
+    with tf.device(f"/{device}:0"):
+        weight = keras.Variable(np.zeros(1000, np.float32))
+        optimizer = distributed.averaging(keras.optimizers.SGD(-1.0), compression=compression)
+        optimizer.build([weight])
+        gradient = tf.fill([1000], here.rank + 1.0)
+        tf.function(lambda: optimizer.apply([gradient], [weight]))()
+    built = distributed._hvd.nccl_built() if distributed._hvd else 0
+    return {"averaged": np.array(weight), "device": weight.value.device, "nccl": built}
+
+
+def train_slowed(rank: int, config, folder, *, report):
+    """A training in which one rank has more to do at every step: it keeps its core busy for a while."""
+    beat = trainer.beat
+
+    def beat_and_work(doing, **settings):
+        beat(doing, **settings)
+        until = time.perf_counter() + 0.05 * (distributed.start().rank == rank)
+        while time.perf_counter() < until:
+            pass
+
+    trainer.beat = beat_and_work
+    try:
+        return trainer.train(config, folder, report=report)
+    finally:
+        trainer.beat = beat

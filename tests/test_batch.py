@@ -289,3 +289,15 @@ def test_what_a_kernel_says_while_it_ends_goes_to_its_log(tmp_path, capfd):
     batch._execute_notebook(tmp_path, tmp_path / "run", "01_explore_dataset", {}, batch._Interrupts())
     assert "a library at its end" in (tmp_path / "run" / "notebooks" / "01_explore_dataset.log").read_text()
     assert "a library at its end" not in capfd.readouterr().err
+
+
+@pytest.mark.notebooks
+def test_a_run_that_was_killed_before_its_first_stage_or_after_its_last_is_resumed(root):
+    parameters = batch.check_parameters(root, {}, where="here")
+    folder = runs.create_run(root, "early", parameters=parameters)
+    batch.resume_run(root, "early")
+    assert len((folder / "told.txt").read_text().splitlines()) == 5
+    runs.update_run(folder, status="running", ended=None)
+    batch.resume_run(root, "early")
+    assert runs.read_run(folder)["status"] == "finished"
+    assert len((folder / "told.txt").read_text().splitlines()) == 5

@@ -47,6 +47,8 @@ def test_output_and_progress_arrive_while_it_runs(ranks, capsys):
     watch = lambda progress: seen.append((time.monotonic(), progress))  # noqa: E731
     assert ranks(2).run("rank_functions.talk", watch=watch) == [0, 1]
     assert seen[-1][0] - seen[0][0] > 0.5
+    of_ranks = seen[-1][1].pop("ranks")
+    assert [rank["memory"] > 0 for rank in of_ranks] == [True, True]
     assert seen[-1][1] == {"phase": "talking", "step": 2, "history": [{"epoch": 1}]}
     lines = capsys.readouterr().out.splitlines()
     assert sorted(lines) == [f"[rank {rank}] step {step}" for rank in range(2) for step in range(3)]

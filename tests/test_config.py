@@ -7,7 +7,7 @@ import pytest
 
 from workbench import WorkbenchError
 from workbench.training import config as config_module
-from workbench.training.config import TrainConfig, better, decay_after
+from workbench.training.config import TrainConfig, better, decay_after, precision_for
 
 
 def config(**settings):
@@ -27,7 +27,14 @@ def config(**settings):
         ({"learning_rate": math.nan}, "`learning_rate` is nan"),
         ({"plateau_factor": 1.0}, "`plateau_factor` is 1.0"),
         ({"warmup_epochs": -1}, "`warmup_epochs` is -1"),
+        ({"precision": "bf16"}, "`precision` is 'bf16': it has to be one of auto, float32"),
         ({"compression": "zip"}, "`compression` is 'zip'"),
+        ({"cycle_time_ms": 0}, "`cycle_time_ms` is 0: it has to be above 0, at most 1000"),
+        ({"cycle_time_ms": math.nan}, "`cycle_time_ms` is nan"),
+        ({"fusion_mb": -1}, "`fusion_mb` is -1: it has to be 0 to 1024"),
+        ({"fusion_mb": 0.5}, "`fusion_mb` is 0.5: it has to be a whole number"),
+        ({"hierarchical_allreduce": 1}, "`hierarchical_allreduce` is 1: it has to be true or false"),
+        ({"xla": "yes"}, "`xla` is 'yes': it has to be true or false"),
     ],
 )
 def test_bad_settings_are_one_sentence(settings, said):
@@ -71,6 +78,31 @@ def test_warmup_climbs_from_a_tenth_and_stays():
     assert factors == sorted(factors)
     assert set(factors[20:]) == {1.0}
     assert config().warmup(0, 0, 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [
+        ((0, 0), "float32"),  # a CPU
+        ((6, 1), "float32"),  # Pascal
+        ((7, 0), "mixed_float16"),  # Volta
+        ((7, 5), "mixed_float16"),  # Turing
+        ((8, 0), "mixed_bfloat16"),  # Ampere
+        ((8, 9), "mixed_bfloat16"),  # Ada
+        ((9, 0), "mixed_bfloat16"),  # Hopper
+        ((12, 0), "mixed_bfloat16"),  # Blackwell
+    ],
+)
+def test_the_precision_goes_by_the_gpu_s_generation(capability, precision):
+    assert precision_for(capability) == precision
+
+
+def test_the_defaults_are_horovod_s_own():
+    assert config().horovod_environment() == {
+        "HOROVOD_HIERARCHICAL_ALLREDUCE": "0",
+        "HOROVOD_CYCLE_TIME": "1.0",
+        "HOROVOD_FUSION_THRESHOLD": str(128 * 1024 * 1024),
+    }
 
 
 def rows(*losses):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from workbench import WorkbenchError
-from workbench.training import distributed
+from workbench.training import cluster, distributed
+from workbench.training.config import TrainConfig
 
 
 def test_without_mpi_everything_is_the_identity():
@@ -32,6 +33,39 @@ def test_launched_ranks(monkeypatch, environment, ranks):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert distributed.launched_ranks() == ranks
+
+
+def test_automatic_precision_is_float32_on_a_processor(monkeypatch):
+    monkeypatch.setattr(distributed.tf.config, "get_visible_devices", lambda kind: [])
+    assert distributed.settle_precision("auto") == "float32"
+    assert distributed.settle_precision("mixed_float16") == "mixed_float16"
+
+
+@pytest.mark.mpi
+def test_all_ranks_take_the_precision_of_the_oldest_gpu(ranks):
+    assert ranks(2).run("rank_functions.settle_with_gpus", [[9, 0], [7, 5]]) == ["mixed_float16"] * 2
+    assert ranks(2).run("rank_functions.settle_with_gpus", [[9, 0], [8, 0]]) == ["mixed_bfloat16"] * 2
+    assert ranks(2).run("rank_functions.settle_with_gpus", [[9, 0], None]) == ["float32"] * 2
+
+
+@pytest.mark.mpi
+def test_the_settings_reach_horovod(tmp_path):
+    config = TrainConfig("", cycle_time_ms=50.0, fusion_mb=7, hierarchical_allreduce=True)
+    # Horovod's tuner, which leaves alone what is given, writes down what it works with.
+    log = tmp_path / "tuned.csv"
+    watch = {"HOROVOD_AUTOTUNE": "1", "HOROVOD_AUTOTUNE_LOG": str(log), "HOROVOD_AUTOTUNE_WARMUP_SAMPLES": "1"}
+    environment = config.horovod_environment() | watch | {"HOROVOD_AUTOTUNE_STEPS_PER_SAMPLE": "2"}
+    with cluster.start(2, threads=1, oversubscribe=True, environment=environment) as ranks:
+        told = ranks.run("rank_functions.exchange_small")
+    for rank in told:
+        assert rank["environment"] == config.horovod_environment()
+        # An exchange waits for the end of a cycle, so a long one is felt; a busy machine only makes it longer.
+        assert rank["seconds"] > 0.025
+    header, first = log.read_text().splitlines()[:2]
+    tuned = dict(zip(header.split(","), first.split(","), strict=True))
+    assert (float(tuned["cycle_time_ms"]), float(tuned["tensor_fusion_threshold"])) == (50, 7)
+    # On one host there is no hierarchy, and Horovod passes the setting over.
+    assert tuned["hierarchical_allreduce"] == "0"
 
 
 @pytest.mark.mpi

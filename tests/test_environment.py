@@ -153,6 +153,47 @@ def test_set_up_says_in_one_sentence_what_is_wrong(python, compiler, told, tmp_p
     assert not (project / ".uv").exists()
 
 
+@pytest.mark.parametrize(
+    ("nvcc", "surroundings", "said", "wrong"),
+    [
+        (None, {}, "", r"nvcc is missing.*: load the cluster's CUDA module \(12\.0 to 12\.5\), or name the toolkit"),
+        (None, {"CUDA_HOME": "/nowhere"}, "", r"CUDA_HOME is /nowhere, and there is no bin/nvcc in it"),
+        ("exit 0", {}, "", r"nvcc does not say what it is: name a CUDA toolkit"),
+        ("12.8", {}, r"WARNING: this is CUDA 12\.8, and TensorFlow was built with 12\.5", None),
+        ("13.0", {}, r"WARNING: this is CUDA 13\.0, and TensorFlow was built with 12\.5", None),
+        ("12.5", {}, r"^(?!.*WARNING)", None),
+    ],
+    ids=["none", "home", "odd", "12.8", "13", "12.5"],
+)
+def test_gpu_set_up_says_in_one_sentence_what_it_finds(nvcc, surroundings, said, wrong, tmp_path):
+    project, programs, toolkit = tmp_path / "project", tmp_path / "path", tmp_path / "cuda"
+    for folder in (project / ".uv" / "bin", programs, toolkit / "bin"):
+        folder.mkdir(parents=True)
+    for name in ("Makefile", "requirements-uv.txt", "requirements-gpu.txt", "uv-gpu.toml", "pyproject.toml"):
+        shutil.copy(ROOT / name, project)
+    for name in ("bash", "cat", "grep", "make", "mktemp", "realpath", "rm", "sed", "sh", "uname"):
+        (programs / name).symlink_to(shutil.which(name))
+    (programs / "g++").symlink_to("/bin/true")
+    (programs / "python3").symlink_to(sys.executable)
+    # The installer stands there, and goes no further.
+    (project / ".uv" / ".ready").touch()
+    (project / ".uv" / "bin" / "uv").symlink_to("/bin/false")
+    if nvcc:
+        answer = f'echo "release {nvcc}, V"; echo "#$ _HERE_={toolkit}/bin" >&2' if nvcc[0].isdigit() else nvcc
+        for place in (programs, toolkit / "bin"):
+            (place / "nvcc").write_text(f"#!/bin/sh\n{answer}\n")
+            (place / "nvcc").chmod(0o755)
+    command = ["make", "--directory", str(project), "SHELL=bash", "setup-gpu"]
+    environment = {"PATH": str(programs)} | surroundings
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode != 0
+    sentences = [line for line in done.stderr.splitlines() if not line.startswith("make: ")]
+    assert re.search(said, done.stdout, re.DOTALL)
+    assert not wrong or re.search(f"^set-up: .*{wrong}", *sentences)
+    assert wrong or "2 of 3, the environment for GPUs" in done.stdout, sentences
+    assert not (project / ".venv-gpu").exists()
+
+
 # The direction of the imports
 
 # For each part of the package the parts that it may import; those that stand on top may import all.
@@ -168,7 +209,7 @@ BELOW = {
     "report": {"files", "runs"},
     "training": {"data", "files", "runs"},
 }
-ON_TOP = {"__main__", "batch", "cli", "doctor", "forecast", "plan", "preflight", "rerun"}
+ON_TOP = {"__main__", "batch", "cli", "doctor", "forecast", "plan", "preflight", "rerun", "sweep"}
 ONLY_IN = {"horovod": "training/distributed.py", "ipyparallel": "training/cluster.py", "papermill": "batch.py"}
 HEAVY = {"horovod", "ipyparallel", "keras", "matplotlib", "pandas", "papermill", "sklearn", "tensorflow"}
 MADE_FOR_TENSORFLOW = {"horovod", "keras", "tensorflow"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -267,6 +268,24 @@ def test_the_report_is_one_page_of_all_five(finished):
     assert page.count("data:image/png;base64") >= 10
     assert "plateau_patience" in page
     assert "read_csv" not in page  # the code itself stays in the notebooks
+
+
+@pytest.mark.skipif(not (ROOT / ".docs" / ".ready").exists(), reason="no builder of the site: `make .docs/.ready`")
+def test_the_site_is_built_of_the_run_without_a_warning(finished, project, tmp_path):
+    command = [ROOT / ".docs" / "bin" / "python", ROOT / "docs" / "build.py", "quick", tmp_path / "site"]
+    place = os.environ | {"WORKBENCH_ROOT": str(project)}
+    told = subprocess.run(command, env=place, capture_output=True, text=True, timeout=580)
+    assert told.returncode == 0, told.stdout + told.stderr
+    html = tmp_path / "site" / "html"
+    pages = {path.relative_to(html).as_posix(): path.read_text() for path in html.rglob("*.html")}
+    for stage in (*batch.STAGES, "06_read_radiographs"):
+        assert "output" in pages[f"notebooks/{stage}.html"], stage
+    assert pages["notebooks/04_evaluate.html"].count("<img") >= 8
+    assert "Area under the ROC curve" in pages["reference/workbench.analysis.evaluation-module.html"]
+    for name, page in pages.items():
+        assert str(project) not in page, name
+        # It is read without a network.
+        assert not re.findall(r"<(?:script|link)[^>]+(?:src|href)=.?(?:https?:)?//", page), name
 
 
 def disturb(project, number: int, after: str, *arguments, **settings):

@@ -1,5 +1,7 @@
 """The charts: what they show is what the table says, nothing overlaps, and no style is left behind."""
 
+from dataclasses import replace
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -10,6 +12,7 @@ import pandas as pd
 import pytest
 
 from workbench.analysis import calibration, comparison, evaluation, plots, published, scaling, subgroups, thresholds
+from workbench.analysis.scaling_model import FABRICS, Exchange, StepModel
 
 FINDINGS = list(published.published_auroc().index)
 
@@ -61,6 +64,13 @@ def measured():
     table = pd.DataFrame({"workers": [1, 2], "images_per_second": [14.0, 25.2]})
     table = table.assign(spread_low=[13.5, 25.0], spread_high=[14.2, 26.0])
     return scaling.scaling_table(table, images_per_epoch=7000, epochs=10)
+
+
+def predicted(workers):
+    """A prediction with an interval, as `scaling.predict` gives it."""
+    model = StepModel(1.0, 0.1, 16, Exchange(28e6, FABRICS["shared memory"]))
+    draws = tuple(replace(model, jitter=jitter) for jitter in (0.05, 0.2))
+    return scaling.predict(scaling.Fit(model, ("jitter",), draws, "given"), workers)
 
 
 def texts(ax):
@@ -212,7 +222,7 @@ def test_calibration_draws_each_finding(predictions):
 
 
 def test_throughput_beside_the_articles(measured):
-    prediction = scaling.predict(scaling.fit_step_time(measured, batch_size=16), [1, 2, 4])
+    prediction = predicted([1, 2, 4])
     ours, article = plots.plot_throughput(measured, published.published_scaling(), prediction=prediction)
     assert texts(ours) == ["100%", "90%"]
     assert texts(article) == ["100%", "85%", "76%", "80%", "75%", "69%", "65%"]
@@ -240,6 +250,39 @@ def test_efficiency_holds_both_series(measured):
         "Measured here", "The article: up to 16 V100 GPUs"
     ]  # fmt: skip
     assert texts(ax) == ["100%", "90%"]
+
+
+def test_a_prediction_shows_its_interval_as_a_band(measured):
+    told = predicted([1, 2, 4])
+    ours, article = plots.plot_throughput(measured, published.published_scaling(), prediction=told)
+    (band,) = ours.collections[:1]
+    reached = band.get_paths()[0].vertices[:, 1]
+    assert reached.max() == pytest.approx(told["high"].max())
+    assert "its 95 % interval" in [text.get_text() for text in ours.get_legend().get_texts()]
+    assert "its 95 % interval" not in [text.get_text() for text in article.get_legend().get_texts()]
+    # Where nothing is known of the noise there is a line and no band.
+    unsure = told.assign(low=np.nan, high=np.nan)
+    (ours,) = plots.plot_throughput(measured, prediction=unsure)
+    assert "its 95 % interval" not in [text.get_text() for text in ours.get_legend().get_texts()]
+
+
+def test_a_step_s_parts_are_stacked_to_the_step():
+    columns = {"compute": [0.2, 0.2], "input wait": [0.01, 0.02], "waiting for the slowest": [0, 0.03]}
+    parts = pd.DataFrame(columns | {"exposed communication": [0, 0.05]}, index=["1 worker", "2 workers"])
+    ax = plots.plot_step_parts(parts)
+    ends = [patch.get_x() + patch.get_width() for patch in ax.patches]
+    assert max(ends) == pytest.approx(300)
+    assert ax.get_xlabel() == "milliseconds of a step"
+    assert {"210 ms", "300 ms", "95%", "67%", "17%"} <= set(texts(ax))
+    assert_apart(ax.texts, ax.figure)
+
+
+def test_a_forecast_holds_every_curve_and_its_points(measured):
+    table = predicted([1, 16, 256, 4096])
+    ax = plots.plot_forecast({"Ours": table, "Theirs": table}, {"Ours": measured})
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["Ours", "Theirs"]
+    assert len(ax.collections) == 2
+    assert [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "o"] == [[1, 2]]
 
 
 def test_charts_draw_on_the_axes_they_are_given(prevalence, measured):

@@ -148,6 +148,29 @@ def test_training_in_one_process_without_mpi(tiny_config, new_run):
     assert runs.read_run(folder)["status"] == "finished"
 
 
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+def test_the_step_through_xla_is_the_same_step(tiny_config, precision):
+    rng = np.random.default_rng(0)
+    radiographs = tf.constant(rng.integers(0, 256, (4, 32, 32, 1), np.uint8))
+    labels = tf.constant(rng.integers(0, 2, (4, 14)).astype(np.float32))
+    losses, compiled = {}, {}
+    for xla in (False, True):
+        config = replace(tiny_config, precision=precision)
+        step = trainer.build_train_step(*trainer._build(config, 14, trainer.distributed.start()), xla=xla)
+        losses[xla] = [float(step(radiographs, labels)) for _ in range(4)]
+        nodes = step.get_concrete_function(radiographs, labels).graph.as_graph_def().node
+        compiled[xla] = any(node.attr["_XlaMustCompile"].b for node in nodes)
+    assert compiled == {False: False, True: True}
+    assert losses[True][0] > losses[True][-1]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-3 if precision == "float32" else 3e-2)
+
+
+@pytest.mark.mpi
+def test_ranks_hold_identical_weights_with_xla_too(ranks, tiny_config, new_run):
+    told = train(ranks, 2, replace(tiny_config, xla=True, epochs=1), new_run())
+    assert told[0]["weights_sha256"] == told[1]["weights_sha256"]
+
+
 @pytest.mark.parametrize(("best", "stops"), [([1], False), ([1, 0], False), ([1, 0, 0], True), ([1, 0, 1, 0], False)])
 def test_training_ends_early_after_two_epochs_that_were_not_better(tiny_config, best, stops):
     history = [{"best": value} for value in best]

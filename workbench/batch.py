@@ -34,6 +34,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from workbench import Interrupted, WorkbenchError, provenance, report, runs
+from workbench.training import sites
 from workbench.training.config import TrainConfig
 
 # What each notebook is for, as the progress line says it.
@@ -89,12 +90,14 @@ def resume_run(root: Path, name: str, *, overrides: Mapping[str, Any] | None = N
     name, record = folder.name, runs.read_run(folder)
     parameters = check_parameters(root, record["parameters"] | dict(overrides or {}), where=f"the run {name}")
     left = next((stage for stage, told in record["stages"].items() if told["status"] != "finished"), None)
-    if not first and left is None:
+    if not first and left is None and record["status"] == "finished":
         raise WorkbenchError(f"The run `{name}` is finished: nothing is left to resume, unless you say --from STAGE.")
     now = provenance.describe(root) | {"versions": runs.versions(), "git": runs.git_commit(root)}
     for phrase in provenance.differences(record, now):
         print(f"not as when the run began: {phrase}")
-    return execute(root, folder, parameters, _from(first or left))
+    # A run that was killed before its first stage begins with that; one after its last, with nothing but its end.
+    stages = _from(first or left or "") if first or left or not record["stages"] else []
+    return execute(root, folder, parameters, stages)
 
 
 def read_recipe(root: Path, recipe: str) -> tuple[str, dict]:
@@ -158,6 +161,8 @@ def check_parameters(root: Path, chosen: Mapping[str, Any], *, where: str) -> di
         for name, least in (("workers", 0), ("measured_steps", 1), ("hang_limit", 5)):
             if (value := (defaults | checked)[name]) < least:
                 raise WorkbenchError(f"`{name}` of {where} is {value}: it has to be {least} or more.")
+        site = sites.read_site(root, (defaults | checked).get("cluster_name", "local"))
+        site.check_workers((defaults | checked)["workers"] or site.slots)
     # And what the evaluation would refuse, before hours of training.
     for name, choices in CHOICES.items():
         if (value := checked.get(name, choices[0])) not in choices:

@@ -34,6 +34,10 @@ def _run(options: argparse.Namespace) -> None:
     from workbench import batch, runs
 
     root, settings = runs.project_root(), batch.parse_settings(options.set)
+    if options.cluster:
+        # Another place than the recipe was written for: all that it takes, unless a number is asked for.
+        workers = {} if options.resume else {"workers": 0}
+        settings = {"cluster_name": options.cluster, **workers, **settings}
     if options.resume:
         from workbench import rerun
 
@@ -42,6 +46,23 @@ def _run(options: argparse.Namespace) -> None:
     else:
         folder = batch.run_recipe(root, options.recipe, overrides=settings, name=options.name, first=options.first)
     _summarise(folder)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from workbench import batch, runs, sweep
+
+    root, grid = runs.project_root(), sweep.parse_grid([word for words in options.grid for word in words])
+    name = options.name or sweep.name_of(options.recipe)
+    settings = batch.parse_settings(options.set)
+    if options.cluster:
+        # As in `_run`.
+        settings = {"cluster_name": options.cluster, **({} if "workers" in grid else {"workers": 0}), **settings}
+    points = sweep.plan_sweep(root, options.recipe, grid, overrides=settings, name=name)
+    if options.dry_run:
+        for point in points:
+            print(f"{point.name}: {point}, {sweep.status_of(root, point)}")
+        return
+    sweep.run_sweep(root, name, points, at_once=options.at_once)
 
 
 def _rerun(options: argparse.Namespace) -> int:
@@ -84,6 +105,16 @@ def _runs(options: argparse.Namespace) -> None:
         print("No runs yet: `workbench run synthetic` makes one.")
         return
     print(table.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}"))
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from workbench import runs
+    from workbench.training import progress
+
+    folder = runs.find_run(runs.project_root(), options.run, having=runs.PROGRESS)
+    print(folder, flush=True)
+    progress.follow(folder)
+    return int(progress.read(folder)["status"] != "finished")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -211,10 +242,40 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a parameter; may be given repeatedly"
     )
+    run.add_argument(
+        "--cluster",
+        default="",
+        metavar="NAME",
+        help="run the workers there, as many as it takes: a name of clusters.yml",
+    )
     run.add_argument("--name", default="", help="the run's name (default: recipe and time)")
     run.add_argument("--from", dest="first", default="", metavar="STAGE", help="begin with this stage, such as 03")
     run.add_argument("--resume", default="", metavar="RUN", help="go on with a run where it stopped")
     run.set_defaults(call=_run)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a recipe with every combination of some values, and table the results",
+        description="Run a recipe with every combination of the values, one run each, in processes of their own: one "
+        "that fails stops no other. The same command again leaves what is finished and resumes what broke off. "
+        "Writes results/sweeps/NAME.csv and .png, with mean and spread over seeds if `seed` is in the grid.",
+    )
+    sweep.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or a .yml file")
+    sweep.add_argument(
+        "--grid", nargs="+", action="append", required=True, metavar="KEY=V,V", help="a parameter and its values"
+    )
+    sweep.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a parameter; may be given repeatedly"
+    )
+    sweep.add_argument(
+        "--name", default="", help="the sweep's name, with which its runs' begin (default: RECIPE-sweep)"
+    )
+    sweep.add_argument(
+        "--cluster", default="", metavar="NAME", help="run each point's workers there, see `workbench run`"
+    )
+    sweep.add_argument("--at-once", type=int, default=1, metavar="N", help="points that run at a time (default: 1)")
+    sweep.add_argument("--dry-run", action="store_true", help="only list the points and what has become of them")
+    sweep.set_defaults(call=_sweep)
 
     rerun = commands.add_parser(
         "rerun",
@@ -233,6 +294,15 @@ def _parser() -> argparse.ArgumentParser:
     all_runs = commands.add_parser("runs", help="all runs as a table, the newest first")
     all_runs.add_argument("--html", action="store_true", help="write them as a page, results/index.html, with links")
     all_runs.set_defaults(call=_runs)
+
+    watch = commands.add_parser(
+        "watch",
+        help="show a run's training while it runs, and how it ended",
+        description="Show a training that runs anywhere on this file system, and how it ended. Ctrl-C ends only the "
+        "watching. Ends with 1 if the training did not finish.",
+    )
+    watch.add_argument("run", nargs="?", default="", metavar="RUN", help="a run under results/ (default: the newest)")
+    watch.set_defaults(call=_watch)
 
     predict = commands.add_parser(
         "predict",

@@ -24,10 +24,11 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # a file s
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+def written_whole(path: str | os.PathLike, *, lasting: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path` and rename it into place if the block ends without an error.
 
-    What was written is on the disk before it gets the name, so that a power cut leaves the old file or the new one.
+    What was written is on the disk before it gets the name, so that a power cut leaves the old file or the new one;
+    but for what is not `lasting`, such as what is written again a second later.
 
     Yields:
         A `Path` in the same folder, with the same suffix, to be written by the block.
@@ -39,9 +40,11 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield part
-        sync(part)
+        if lasting:
+            sync(part)
         os.replace(part, path)
-        sync(path.parent)
+        if lasting:
+            sync(path.parent)
     except OSError as error:
         # h5py and zipfile wrap the operating system's error in one of their own without a number.
         raise WorkbenchError(
@@ -88,7 +91,8 @@ def held(path: str | os.PathLike, what: str, *, wait: float = 0.0) -> Iterator[N
         WorkbenchError: another process holds it, which is named, or the file cannot be made.
     """
     with _opened(path, what) as handle:
-        deadline, announced = time.monotonic() + wait, wait < 60
+        # `is_held` takes the lock for a moment to look, which is no holder.
+        deadline, announced = time.monotonic() + max(wait, 0.3), wait < 60
         while not _lock(handle):
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
             if time.monotonic() > deadline:

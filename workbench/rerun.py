@@ -22,7 +22,7 @@ from typing import Any
 
 from workbench import WorkbenchError, batch, one_line, provenance, runs
 from workbench.data import chestxray14, shards
-from workbench.training import cluster
+from workbench.training import cluster, sites
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def plan_rerun(root: Path, run: str, *, overrides: Mapping[str, Any] | None = No
     if record.get("status") != "finished":
         differences.append(f"the run is not finished but {record.get('status', 'without a status')}")
 
-    world_size = _check_machine(parameters)
+    world_size = _check_machine(root, parameters)
     now = provenance.describe(root) | {"versions": runs.versions(), "git": runs.git_commit(root)}
     machine = provenance.differences(record, now | {"world_size": world_size})
     stages, data, notes = _check_data(root, record.get("data"), parameters, stages)
@@ -206,10 +206,13 @@ def _defaults(source: Path, stage: str) -> dict[str, Any]:
         return {}
 
 
-def _check_machine(parameters: Mapping[str, Any]) -> int:
+def _check_machine(root: Path, parameters: Mapping[str, Any]) -> int:
     """The number of workers; refuses what `cluster.start` would refuse after the shards are written."""
-    workers, cores = parameters["workers"] or cluster.default_workers(), provenance.describe_hardware()["cores"]
-    if workers * max(parameters["threads"], 1) > cores:
+    site = sites.read_site(root, parameters.get("cluster_name", "local"))
+    workers, cores = parameters["workers"] or cluster.default_workers(site), provenance.describe_hardware()["cores"]
+    if site.slots:
+        site.check_workers(workers)
+    elif workers * max(parameters["threads"], 1) > cores:
         raise WorkbenchError(
             f"The run had {workers} workers of {max(parameters['threads'], 1)} cores or more, and this machine has "
             f"{cores} cores: repeat it on a larger one, or with `--set workers=… --set threads=0`."
@@ -234,7 +237,7 @@ def _check_data(root: Path, then: Any, parameters: dict, stages: list[str]) -> t
             )
         stages = [stage for stage in stages if stage >= "03"]
         notes.append(f"{data} is not here, so it begins with 03_train, on the shards that are")
-    names = ("split", "train_list", "val_list", "test_list")
+    names = ("table", "split", "train_list", "val_list", "test_list")
     reads = stages[0] < "03" and not made_up
     sources = chestxray14.hash_sources(data, **{name: parameters[name] for name in names}) if reads else {}
     if not written:

@@ -45,6 +45,8 @@ _RECORD = {
 }
 # Held by the process that carries a recipe through the notebooks, and by the rank that trains and writes.
 RUN_LOCK, TRAINING_LOCK = ".run.lock", ".training.lock"
+# Held by the process that watches a training for others, and writes PROGRESS.
+PROGRESS_LOCK, PROGRESS = ".progress.lock", "progress.json"
 VERSIONS_OF = ("tensorflow-cpu", "tensorflow", "keras", "horovod", "openmpi", "ipyparallel", "numpy", "workbench")
 VERSIONS_OF += ("kornia-rs", "pandas", "pillow", "scikit-learn", "scipy")
 
@@ -96,11 +98,8 @@ def create_run(
     Raises:
         WorkbenchError: the name is not a folder name, is taken, or results/ cannot be written.
     """
-    if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise WorkbenchError(
-            f"`{name}` cannot name a run: use letters, digits, dots, dashes and underscores, beginning with a "
-            "letter or a digit."
-        )
+    if name:
+        check_name(name)
     results = Path(root) / "results"
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -137,6 +136,15 @@ def create_run(
         | provenance.describe(root),
     )
     return folder
+
+
+def check_name(name: str) -> None:
+    """Raise a WorkbenchError if a name cannot be one of a run."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise WorkbenchError(
+            f"`{name}` cannot name a run: use letters, digits, dots, dashes and underscores, beginning with a "
+            "letter or a digit."
+        )
 
 
 def _free_names(name: str, label: str) -> Iterator[str]:

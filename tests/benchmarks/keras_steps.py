@@ -10,10 +10,10 @@ import os
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-import keras
 import numpy as np
 import tensorflow as tf
 from party import serve
+from stock_keras import build_stock, describe
 
 from workbench.training import distributed, trainer
 from workbench.training.config import TrainConfig
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--predict", action="store_true", help="predict instead of training")
     parser.add_argument("--compression", default="none")
+    parser.add_argument("--xla", action="store_true", help="the workbench's `xla`")
     asked = parser.parse_args()
     if asked.core >= 0:
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[asked.core]})
@@ -40,28 +41,21 @@ def main() -> None:
             "", weights="none", image_size=asked.size, precision=asked.precision, compression=asked.compression
         )
         model, optimizer = trainer._build(config, 14, world)
-        step = trainer.build_train_step(model, optimizer)
+        step = trainer.build_train_step(model, optimizer, xla=asked.xla)
         if asked.predict:
             predict = trainer.build_predict_step(model)
             step = lambda radiographs, labels: predict(radiographs)[:1, :1]  # noqa: E731
     else:
-        keras.config.set_dtype_policy(asked.precision)
-        radiograph = keras.Input((asked.size, asked.size, 1))
-        colour = keras.layers.Concatenate()([keras.layers.Rescaling(1 / 58, -2.0)(radiograph)] * 3)
-        features = keras.applications.DenseNet121(
-            include_top=False, weights=None, input_tensor=colour, pooling="avg"
-        ).output
-        scores = keras.layers.Dense(14, activation="sigmoid", dtype="float32")(features)
-        model = keras.Model(radiograph, scores)
-        model.compile(keras.optimizers.Adam(1e-3), "binary_crossentropy")
+        model = build_stock(size=asked.size, precision=asked.precision)
         step = model.train_on_batch
 
-    def measure() -> float:
+    def measure() -> dict:
         began = time.perf_counter()
         for _ in range(asked.steps):
             loss = step(radiographs, labels)
         float(np.asarray(loss).reshape(-1)[0])
-        return asked.steps * asked.batch * world.size / (time.perf_counter() - began)
+        rate = asked.steps * asked.batch * world.size / (time.perf_counter() - began)
+        return {"value": rate, "with": describe()}
 
     for _ in range(2):
         step(radiographs, labels)

@@ -116,8 +116,10 @@ class Party:
 
 
 def _descendants(pid: int) -> list[int]:
-    import psutil
-
+    try:
+        import psutil
+    except ModuleNotFoundError:  # where `gpu.py` runs with nothing but a framework
+        return []
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:

@@ -54,7 +54,7 @@ Host *
     GlobalKnownHostsFile /dev/null
     BatchMode yes
     StrictHostKeyChecking yes
-    ConnectTimeout 5
+    ConnectTimeout 3
 """
 # The namespace's first process: what it mounts, nobody else sees. The head moves eth0 into it.
 BOOT = """\

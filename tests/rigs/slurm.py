@@ -47,7 +47,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
-SchedulerParameters=batch_sched_delay=0,sched_interval=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 # A job over its limit is told at once and killed two seconds later; a node that is silent for ten is down.
 KillWait=2
 OverTimeLimit=0
@@ -106,7 +106,8 @@ class Slurm:
         for node in nodes or NODES:
             if node not in self.daemons:
                 self.start_node(node)
-            if self.states().get(node) not in ("idle", "mixed", "allocated"):
+            # Slurm refuses it for a node that came back by itself, as one does when its slurmd registers.
+            with suppress(subprocess.CalledProcessError):
                 self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self.wait_for("idle", *nodes)
 

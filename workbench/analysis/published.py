@@ -93,6 +93,8 @@ _ARTICLE = (
 
 ARTICLE_BATCH = 64  # images per GPU and step
 ARTICLE_EPOCHS = 10
+ARTICLE_GRADIENT_BYTES = 28e6  # DenseNet-121 with 14 outputs: 7.0 million float32
+ARTICLE_FABRIC = "4 V100, EDR InfiniBand"  # in `scaling_model.FABRICS`; the servers are those of article 000124384
 
 
 def published_auroc() -> pd.DataFrame:

@@ -1,35 +1,29 @@
-"""From throughput to speed-up, efficiency and time, and a small model that predicts them.
+"""From throughput to speed-up, efficiency and time, and what a fitted model of a step predicts, with intervals.
 
-It measures nothing: it takes images per second by number of workers, wherever they come from.
+It measures nothing: it takes images per second by number of workers, wherever they come from. What a step is made of
+is in `scaling_model.py`, how it is fitted in `scaling_fit.py` (to be had from here), what follows in `forecast.py`.
 
     from workbench.analysis import published, scaling
+    from workbench.analysis.scaling_model import FABRICS, Exchange
 
     article = published.published_scaling()
-    model = scaling.fit_step_time(article[article["workers"] <= 4], batch_size=64)
-    scaling.predict(model, [8, 16, 32])
+    exchange = Exchange(gradient_bytes=28e6, fabric=FABRICS["4 V100, EDR InfiniBand"])
+    fit = scaling.fit_step_model(article[article["workers"] <= 4], exchange=exchange, batch_size=64)
+    scaling.predict(fit, [8, 12, 16])
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import nnls
 
 from workbench import WorkbenchError
+from workbench.analysis.scaling_fit import FREE, Fit, band, check, fit_step_model, parameters
+from workbench.analysis.scaling_model import StepModel
 
-
-@dataclass(frozen=True)
-class StepTime:
-    """What one training step takes, in seconds: `compute + communication * log2(workers)`."""
-
-    compute: float
-    communication: float
-    batch_size: int  # images per worker and step
-
-    def seconds(self, workers: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Seconds per step at each number of workers."""
-        return self.compute + self.communication * np.log2(np.asarray(workers, dtype=float))
+__all__ = ["FREE", "Fit", "band", "fit_step_model", "parameters", "predict", "predict_parts", "scaling_table"]
 
 
 def scaling_table(measured: pd.DataFrame, *, images_per_epoch: int, epochs: int) -> pd.DataFrame:
@@ -49,7 +43,12 @@ def scaling_table(measured: pd.DataFrame, *, images_per_epoch: int, epochs: int)
     Raises:
         WorkbenchError: no rows, a number of workers twice, or a figure that is not positive.
     """
-    _check(measured)
+    check(measured)
+    if measured["workers"].duplicated().any():
+        twice = measured["workers"][measured["workers"].duplicated()].iloc[0]
+        raise WorkbenchError(
+            f"The table of throughput has {twice} workers twice: take the median of the repetitions first."
+        )
     table = measured.sort_values("workers", ignore_index=True)
     of_one = table["images_per_second"].iloc[0] / table["workers"].iloc[0]
     table["speed_up"] = table["images_per_second"] / of_one
@@ -59,64 +58,59 @@ def scaling_table(measured: pd.DataFrame, *, images_per_epoch: int, epochs: int)
     return table[["workers", "images_per_second", "speed_up", "efficiency", "seconds", *spread]]
 
 
-def fit_step_time(table: pd.DataFrame, *, batch_size: int) -> StepTime:
-    """Fit the time of a step to measured throughput, by least squares with no negative part.
-
-    In data-parallel training every worker computes the same, whatever their number; what grows is the
-    averaging of gradients. Its cost is taken to grow with log2(workers), as the steps of a tree or
-    recursive-doubling all-reduce do (Thakur, Rabenseifner, Gropp: Optimization of Collective Communication
-    Operations in MPICH, 2005); waiting for the slowest of n workers grows about as slowly. A ring's bandwidth
-    term, (n - 1) / n, levels off after a few workers and cannot describe the losses that are seen beyond:
-    fitted to the article's 1, 2 and 4 GPUs it is 17 % too high at 16, where this is within 1 %.
+def predict(fit: Fit, workers: Sequence[int], *, global_batch: int = 0) -> pd.DataFrame:
+    """The throughput that a fit predicts.
 
     Args:
-        table: `workers`, `images_per_second`, at two numbers of workers or more.
-        batch_size: images per worker and step.
-
-    Raises:
-        WorkbenchError: fewer than two numbers of workers, or a figure that is not positive.
-    """
-    _check(table)
-    if len(table) < 2:
-        raise WorkbenchError(
-            f"One number of workers ({table['workers'].iloc[0]}) says nothing about communication: measure two or more."
-        )
-    workers = table["workers"].to_numpy(float)
-    seconds = batch_size * workers / table["images_per_second"].to_numpy(float)
-    # Divided by the measured time, so that what is kept small is the relative error.
-    parts = np.column_stack([np.ones_like(workers), np.log2(workers)]) / seconds[:, None]
-    (compute, communication), _ = nnls(parts, np.ones_like(workers))
-    return StepTime(float(compute), float(communication), batch_size)
-
-
-def predict(model: StepTime, workers: Sequence[int]) -> pd.DataFrame:
-    """The throughput that the model predicts.
+        fit: a fitted model.
+        workers: numbers of workers, up to `scaling_model.LIMIT`.
+        global_batch: images per step over all workers, shared out evenly (strong scaling); 0: each worker has the
+            fit's batch size, however many they are (weak scaling).
 
     Returns:
-        One row per number: `workers`, `images_per_second`, `speed_up`, `efficiency`, `step_seconds`.
+        One row per number: `workers`, `batch_size` (per worker), `images_per_second`, `speed_up`, `efficiency`
+        (over one worker, 1 being ideal), `step_seconds`, and `low`, `high`, `efficiency_low`, `efficiency_high`: 95 %,
+        of the curve and not of single steps; NaN where the fit has no interval.
     """
     workers = np.asarray(workers, dtype=int)
-    seconds = model.seconds(workers)
-    efficiency = model.seconds([1]) / seconds
+    batch = _batch(fit.model, workers, global_batch)
+    rates = [_rates(model, workers, global_batch) for model in (fit.model, *fit.draws)]
+    low, high = band([rate for rate, _ in rates[1:]], len(workers))
+    least, most = band([efficiency for _, efficiency in rates[1:]], len(workers))
+    rate, efficiency = rates[0]
     columns = {
         "workers": workers,
-        "images_per_second": model.batch_size * workers / seconds,
+        "batch_size": batch,
+        "images_per_second": rate,
+        "low": low,
+        "high": high,
         "speed_up": efficiency * workers,
         "efficiency": efficiency,
-        "step_seconds": seconds,
+        "efficiency_low": least,
+        "efficiency_high": most,
+        "step_seconds": fit.model.seconds(workers, batch),
     }
     return pd.DataFrame(columns)
 
 
-def _check(table: pd.DataFrame) -> None:
-    if table.empty:
-        raise WorkbenchError("There is no throughput to look at: measure at one number of workers or more first.")
-    for name in ("workers", "images_per_second"):
-        if not (table[name] > 0).all():
-            value = table[name][~(table[name] > 0)].iloc[0]
-            raise WorkbenchError(f"`{name}` is {value} in the table of throughput: it has to be more than 0.")
-    if table["workers"].duplicated().any():
-        twice = table["workers"][table["workers"].duplicated()].iloc[0]
+def predict_parts(fit: Fit, workers: Sequence[int], *, global_batch: int = 0) -> pd.DataFrame:
+    """What the predicted step is made of: `workers`, and seconds in a column for each of `scaling_model.PARTS`."""
+    workers = np.asarray(workers, dtype=int)
+    return pd.DataFrame({"workers": workers} | fit.model.parts(workers, _batch(fit.model, workers, global_batch)))
+
+
+def _rates(model: StepModel, workers: np.ndarray, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images per second over all workers, and the efficiency."""
+    batch = _batch(model, workers, global_batch)
+    rate = batch * workers / model.seconds(workers, batch)
+    alone = global_batch or model.batch_size
+    return rate, rate / workers / (alone / model.seconds([1], alone))
+
+
+def _batch(model: StepModel, workers: np.ndarray, global_batch: int) -> np.ndarray:
+    if global_batch and workers.max() > global_batch:
         raise WorkbenchError(
-            f"The table of throughput has {twice} workers twice: take the median of the repetitions first."
+            f"{workers.max():,} workers cannot share a global batch of {global_batch:,} images: ask for "
+            f"{global_batch:,} workers at most, or a larger batch."
         )
+    return global_batch / workers if global_batch else np.full(len(workers), float(model.batch_size))

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from workbench import WorkbenchError
+from workbench.data import own
 
 FINDINGS = (
     "Atelectasis",
@@ -62,8 +63,9 @@ DOWNLOAD = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
 def read_dataset(
     folder: str | Path,
     *,
+    table: str | Path | None = None,
     images_folder: str | Path | None = None,
-    findings: Sequence[str] = FINDINGS,
+    findings: Sequence[str] | None = None,
     split: str = "official",
     validation_fraction: float = 0.1,
     test_fraction: float = 0.2,
@@ -83,10 +85,13 @@ def read_dataset(
 
     Args:
         folder: where NIH's table and lists lie; the other paths may be relative to it.
-        images_folder: PNG or JPEG files directly in it; else `images/` and `images_0NN/images/` of `folder`.
-        findings: the label columns wanted, in this order.
+        table: a CSV file in place of NIH's table, see `own`; its ages may be NaN, its sex and view "not known".
+        images_folder: PNG or JPEG files directly in it; else `images/` and `images_0NN/images/` of `folder`. With a
+            table of one's own: where the images' names begin; else `images/` of `folder`, or `folder`.
+        findings: the label columns wanted, in this order; None: all.
         split: "official" (test_list.txt is test, `validation_fraction` of the other patients is val),
-            "random" (patients drawn by `seed`) or "lists" (text files that begin each line with a name).
+            "random" (patients drawn by `seed`), "lists" (text files that begin each line with a name) or, with a table
+            of one's own instead of "official", "table" (its column `split`).
         validation_fraction: share of patients, of train_val_list.txt or of all, in val.
         test_fraction: share of all patients in test, for "random".
         seed: of the patients drawn.
@@ -102,8 +107,14 @@ def read_dataset(
     folder = Path(folder)
     if missing not in ("error", "skip"):
         raise WorkbenchError(f'missing={missing!r} is not known: choose "error" or "skip".')
-    table = read_table(folder, findings=findings)
-    if split == "official":
+    own_table, given = table, None
+    if own_table:
+        table, given = own.read_table(folder / own_table, findings=findings)
+    else:
+        table = read_table(folder, findings=FINDINGS if findings is None else findings)
+    if own_table and split in ("official", "table"):
+        sides = _split_by_column(given, split, folder / own_table)
+    elif split == "official":
         sides = _split_official(table, folder, validation_fraction, seed)
     elif split == "random":
         sides = _split_random(table, validation_fraction, test_fraction, seed)
@@ -115,7 +126,11 @@ def read_dataset(
     table.insert(table.columns.get_loc("no_finding") + 1, "split", sides)
     table = table[table["split"].notna()].reset_index(drop=True)
     _check_patients(table)
-    return _add_paths(table, folder, images_folder and folder / images_folder, missing)
+    if own_table:
+        images = folder / (images_folder or ("images" if (folder / "images").is_dir() else ""))
+        return _add_paths(table, own.find_images(table["image"], images), [images], missing)
+    folders, files = find_images(folder, images_folder and folder / images_folder)
+    return _add_paths(table, table["image"].str.rsplit(".", n=1).str[0].map(files), folders, missing)
 
 
 def read_table(folder: str | Path, *, findings: Sequence[str] = FINDINGS) -> pd.DataFrame:
@@ -183,6 +198,7 @@ def read_boxes(folder: str | Path) -> pd.DataFrame:
 def hash_sources(
     folder: str | Path,
     *,
+    table: str | Path | None = None,
     split: str = "official",
     train_list: str | Path | None = None,
     val_list: str | Path | None = None,
@@ -192,6 +208,7 @@ def hash_sources(
 
     Args:
         folder: where NIH's table and lists lie.
+        table: one's own in place of NIH's, as for `read_dataset`.
         split: as for `read_dataset`; with the lists it says which files count.
         train_list: for "lists", as are `val_list` and `test_list`; named in the answer as they are named here.
         val_list: see `train_list`.
@@ -201,10 +218,11 @@ def hash_sources(
         WorkbenchError: there is no table, or a file cannot be read.
     """
     folder = Path(folder)
-    lists = {"official": ("train_val_list.txt", "test_list.txt"), "lists": (train_list, val_list, test_list)}
+    official = () if table else ("train_val_list.txt", "test_list.txt")
+    lists = {"official": official, "lists": (train_list, val_list, test_list)}
     boxes = ("BBox_List_2017.csv",) if (folder / "BBox_List_2017.csv").exists() else ()
     hashes = {}
-    for name in (_find_table(folder).name, *boxes, *filter(None, lists.get(split, ()))):
+    for name in (table or _find_table(folder).name, *boxes, *filter(None, lists.get(split, ()))):
         try:
             with (folder / name).open("rb") as file:
                 hashes[str(name)] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -315,6 +333,19 @@ def _split_official(table: pd.DataFrame, folder: Path, validation_fraction: floa
     return sides
 
 
+def _split_by_column(given: pd.Series | None, split: str, path: Path) -> pd.Series:
+    if split == "official":
+        raise WorkbenchError(f'split="official" is NIH\'s, and `{path}` is not: choose "table", "random" or "lists".')
+    if given is None:
+        raise WorkbenchError(
+            f'split="table" needs a column `split` in `{path}`: add it, or choose "random" or "lists".'
+        )
+    for side in SPLITS:
+        if side not in set(given):
+            raise WorkbenchError(f'`{path}` has no image in the split {side}: add some, or choose "random" or "lists".')
+    return given.copy()
+
+
 def _split_random(table: pd.DataFrame, validation_fraction: float, test_fraction: float, seed: int) -> pd.Series:
     patients = _draw_patients(table["patient"], seed)
     test = _count(len(patients), test_fraction, "test_fraction")
@@ -401,9 +432,7 @@ def find_images(folder: Path, images_folder: str | Path | None = None) -> tuple[
     return folders, files
 
 
-def _add_paths(frame: pd.DataFrame, folder: Path, images_folder: str | Path | None, missing: str) -> pd.DataFrame:
-    folders, files = find_images(folder, images_folder)
-    paths = frame["image"].str.rsplit(".", n=1).str[0].map(files)
+def _add_paths(frame: pd.DataFrame, paths: pd.Series, folders: list[Path], missing: str) -> pd.DataFrame:
     gone = paths.isna()
     if gone.any() and (missing == "error" or gone.all()):
         raise WorkbenchError(

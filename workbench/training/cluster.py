@@ -1,19 +1,24 @@
-"""Start, use, watch and stop the MPI ranks that train: an ipyparallel cluster on this host.
+"""Start, use, watch and stop the MPI ranks that train: an ipyparallel cluster here, over ssh, or in a Slurm job.
 
-An ipyparallel controller and `mpiexec` with one engine per rank are started on loopback and stopped again when
-the block ends, however it ends; they also end when this process is killed. Results come in the order of the MPI
-ranks, which is not that of ipyparallel's engine ids. The client imports no TensorFlow: functions are named.
+An ipyparallel controller and `mpiexec` with one engine per rank are started and stopped again when the block ends,
+however it ends; they also end when this process is killed. The controller is on this host, on loopback unless
+workers run elsewhere. Results come in the order of the MPI ranks, which is not that of ipyparallel's engine ids. The
+client imports no TensorFlow: functions are named.
 
     with cluster.start(workers=2) as workers:
         summaries = workers.run("workbench.training.trainer.train", config, folder, watch=progress.watch())
+    with cluster.start(workers=16, site=sites.read_site(root, "gpu")) as workers:
+        ...
 """
 
 from __future__ import annotations
 
 import collections
 import importlib
+import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -24,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import ipyparallel
@@ -32,7 +38,8 @@ from traitlets.config import Config
 from traitlets.log import get_logger
 
 from workbench import Interrupted, WorkbenchError
-from workbench.training import postmortem, pulse
+from workbench.training import guard, hosts, postmortem, pulse, slurm
+from workbench.training.sites import Site
 
 DRIVER = Path("/proc/driver/nvidia/gpus")  # where NVIDIA's driver lists its devices
 READY = "-- ready --"  # what a rank says before is ipyparallel's
@@ -46,13 +53,19 @@ ENGINE_ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     # Without this a waiting rank spins on the core that another thread computes on: 60 % of the speed.
     "OMPI_MCA_mpi_yield_when_idle": "1",
-    # The ranks of one host talk through its memory; their TCP ports would be open to the whole network.
-    "OMPI_MCA_btl": "^tcp",
     # Horovod: a rank that never comes ends the wait for it.
     "HOROVOD_STALL_CHECK_TIME_SECONDS": "60",
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "600",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
+# The ranks of one host talk through its memory; their TCP ports would be open to the whole network.
+ONE_HOST = {"OMPI_MCA_btl": "^tcp"}
+ENGINE = [sys.executable, "-m", "ipyparallel.engine"]
+# A host that is cut off ends its ranks after 20 s of silence and three questions of 5 s, instead of after minutes.
+KEEPALIVE = {"oob_tcp_keepalive_time": "20", "oob_tcp_keepalive_intvl": "5", "oob_tcp_keepalive_probes": "3"}
+SUBMITTING = "sbatch.err"  # what sbatch says, in the cluster's folder
+# What ssh has to take to other hosts of this process's environment (Slurm takes it all); the key is not among it.
+FORWARDED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "IPP_CLUSTER_ID", "IPP_PROFILE_DIR")
 
 
 class WorkerError(WorkbenchError):
@@ -77,6 +90,7 @@ class Workers:
         self._cluster = cluster
         self._hang_limit = hang_limit
         self._ended = ""
+        self._stops = 0
 
     def __len__(self) -> int:
         return len(self._engine_ids)
@@ -98,7 +112,8 @@ class Workers:
             function: its full name, such as "workbench.training.trainer.train", imported on the workers.
             *args: for the function, on every rank; anything that can be pickled.
             watch: called here, while waiting, with each new state of rank 0's progress: all that the function
-                has given to its `report` argument so far, the newest of each name, under "history" every row.
+                has given to its `report` argument so far, the newest of each name, under "history" every row; and
+                under "ranks" what each rank measured of itself (see `pulse.told`), at least every other second.
             advice: how to go on, added to the error of a rank that went or hangs, and to `Interrupted`.
             **kwargs: for the function as well.
 
@@ -125,8 +140,10 @@ class Workers:
                         raise Interrupted(f"Interrupted; rank 0 did not come to a step's end in {STOPPING:.0f} s.")
                     time.sleep(POLL)
                 except KeyboardInterrupt:
-                    if give_up:
-                        raise Interrupted("Interrupted twice, and ended at once.") from None
+                    self.stop()
+                if self._stops > 1:
+                    raise Interrupted("Interrupted twice, and ended at once.")
+                if self._stops and not give_up:
                     give_up = time.monotonic() + STOPPING
                     print("Stopping at the next step; interrupt once more to end at once.", flush=True)
                     # Rank 0 writes all files; the others only wait for it, so they can be ended anywhere.
@@ -138,6 +155,10 @@ class Workers:
             if advice and isinstance(error, WorkerError | Interrupted):
                 error.args = (f"{error} {advice}",)
             raise
+
+    def stop(self) -> None:
+        """Ask what runs to end at its next step, as an interrupt does; from any thread. Twice: at once."""
+        self._stops += 1
 
     def _look(self, following: _Following) -> None:
         """One look at all ranks; raises what is wrong."""
@@ -173,6 +194,8 @@ class Workers:
     def _death_of(self, rank: int | None) -> WorkerError:
         """What is known of a worker that died; mpiexec knows best, since it ends the others after the first."""
         which, how, words = self._cluster.last_words(rank)
+        if which is None and not words:
+            return WorkerError(how)
         who = f"Rank {which} on {self.hosts[which]} died" if which is not None else "The workers are gone"
         return WorkerError(f"{who}: {how}{words}")
 
@@ -183,7 +206,7 @@ class _Following:
     def __init__(self, pending: dict, signs: pulse.Watch, watch: Callable[[dict], None] | None):
         self.pending, self.waiting = pending, dict(pending)
         self._signs, self._watch = signs, watch
-        self._seen, self._shown = None, collections.Counter()
+        self._seen, self._shown, self._told = None, collections.Counter(), 0.0
 
     def take(self) -> int | None:
         """Pass on what is new, forget who is done; returns the rank that failed first, if one did."""
@@ -197,9 +220,9 @@ class _Following:
                 self._shown[rank, stream] += _show_output(rank, text, final=rank in done)
             self._signs.hear(rank, dict(result.data or {}).get("sign"), now)
         progress = dict(self.pending[0].data or {}).get("progress")
-        if self._watch and progress and progress != self._seen:
-            self._seen = progress
-            self._watch(progress)
+        if self._watch and progress and (progress != self._seen or now - self._told > 2 * pulse.EVERY):
+            self._seen, self._told = progress, now
+            self._watch(progress | {"ranks": self._signs.measured()})
         failed = [rank for rank, result in done.items() if not result.successful()]
         if failed:
             return min(failed, key=lambda rank: self.pending[rank].completed or 0)
@@ -211,20 +234,26 @@ class _Following:
 
 
 class _Processes:
-    """The controller and mpiexec of a cluster on this host, with all that they started."""
+    """The controller and mpiexec of a cluster, with all that they started on this host, and the job, if it has one."""
 
-    def __init__(self, made: ipyparallel.Cluster, folder: str):
-        self._made, self._folder = made, folder
+    def __init__(self, made: ipyparallel.Cluster, folder: str, site: Site):
+        self._made, self._folder, self._site = made, folder, site
+        self._job: slurm.Job | None = None
         self._client = None
         self._family: dict[int, psutil.Process] = {}
         self._controller: list[psutil.Process] = []
         self._killed_for_memory = postmortem.killed_for_memory()
 
-    def connect(self, workers: int, deadline: float, hang_limit: float) -> tuple[ipyparallel.Client, list[dict]]:
+    def connect(self, workers: int, timeout: float, hang_limit: float) -> tuple[ipyparallel.Client, list[dict]]:
         """Start everything, wait for all ranks, and return the client and what each rank says of itself."""
+        deadline = time.monotonic() + timeout
         self._made.start_cluster_sync()
         with _signing_unasked():
             self._client = client = self._made.connect_client_sync()
+        if self._site.kind == "slurm":
+            self._job = slurm.Job(self._made.engine_set.job_id, self._site)
+            self._job.wait_in_queue()
+            deadline = time.monotonic() + timeout
         stopped_since: dict[int, float] = {}
         answers: dict[int, ipyparallel.AsyncResult] = {}
         while len(answers) < workers or not all(answer.ready() for answer in answers.values()):
@@ -259,17 +288,26 @@ class _Processes:
 
     def gone(self) -> str:
         """ "workers" or "controller" when these processes have ended, else nothing."""
-        if not postmortem.alive(self._made.engine_set.pid):
+        if not self._workers_alive():
             return "workers"
         return "" if all(postmortem.alive(process.pid) for process in self._controller) else "controller"
+
+    def _workers_alive(self) -> bool:
+        return self._job.state().running if self._job else postmortem.alive(self._made.engine_set.pid)
 
     def last_words(self, rank: int | None) -> tuple[int | None, str, str]:
         """Which rank died first, how, and what it said last: (rank or None, how, words)."""
         # The engine's death is known before mpiexec has written about it.
         deadline = time.monotonic() + 10
-        while postmortem.alive(self._made.engine_set.pid) and time.monotonic() < deadline:
+        while self._workers_alive() and time.monotonic() < deadline:
             time.sleep(POLL)
+        if self._job and self._job.end_of(10).word in slurm.ENDED_BY_SLURM:
+            return None, self._job.explain(), ""
         lines = postmortem.log_lines(self._made.engine_set)
+        if self._job and slurm.NODE_FAILURE in " ".join(lines):
+            return None, self._job.explain("NODE_FAIL"), ""
+        if host := postmortem.lost_host(lines):
+            return None, f"Host {host} was lost: it was switched off, or its connection ended.", ""
         which, how = postmortem.read_mpiexec(lines, rank)
         if postmortem.killed_for_memory() > self._killed_for_memory:
             how += ", because this host ran out of memory (use a smaller `batch_size` or fewer `workers`)"
@@ -279,6 +317,11 @@ class _Processes:
 
     def why_not(self, workers: int, timeout: float, error: Exception) -> str:
         """Why the workers did not start, as a sentence."""
+        if self._job and not self._job.state().running and self._job.end_of(10).word in slurm.ENDED_BY_SLURM:
+            return self._job.explain()
+        refused = Path(self._folder, SUBMITTING)
+        if not self._job and refused.exists() and (said := refused.read_text(errors="replace")):
+            return slurm.refusal(said, self._site)
         engines = self._made.engine_set
         lines = postmortem.log_lines(engines) if engines is not None else []
         which, how = postmortem.read_mpiexec(lines, None)
@@ -301,6 +344,10 @@ class _Processes:
                 self._made.stop_cluster_sync()
             except Exception as error:  # whatever it was, what is left is ended below
                 logging.getLogger(__name__).debug("stopping the cluster: %r", error)
+            if self._site.kind == "slurm":
+                slurm.cancel(Path(self._folder).name)
+                if self._job:
+                    self._job.end_of(15)
             self._made.shutdown_atexit = False
             for process in self._family.values():
                 try:
@@ -323,31 +370,91 @@ class _Processes:
         return list(self._family.values())
 
 
-def default_workers() -> int:
-    """One worker per GPU of this host, or per core where there is none.
+def default_workers(site: Site | None = None) -> int:
+    """As many workers as a place takes; on this host one per GPU, or per core where there is none.
 
     Measured on two cores: two ranks of one thread train 1.18 times as fast as one process of two.
     """
+    if site and site.slots:
+        return site.slots
     gpus = len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0
     return gpus or len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def start(
-    workers: int, *, threads: int = 0, oversubscribe: bool = False, timeout: float = 120, hang_limit: float = HANG_LIMIT
+    workers: int,
+    *,
+    threads: int = 0,
+    oversubscribe: bool = False,
+    timeout: float = 120,
+    hang_limit: float = HANG_LIMIT,
+    site: Site | None = None,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Workers]:
-    """Start MPI ranks on this host, and stop them when the block ends.
+    """Start MPI ranks, and stop them when the block ends.
+
+    Of a Slurm job the script is printed before it is sent, and how it stands in the queue while it waits there.
 
     Args:
         workers: number of ranks.
-        threads: cores that each rank is bound to; 0 shares the machine's cores out evenly.
-        oversubscribe: allow more ranks than there are cores (unbound; for tests, not for speed).
-        timeout: seconds that starting may take.
+        threads: cores that each rank is bound to; 0 shares the machine's cores out evenly, or takes the site's own.
+        oversubscribe: allow more ranks than this host has cores (unbound; for tests, not for speed).
+        timeout: seconds that starting may take, without the time in a queue.
         hang_limit: seconds for which a rank may give no sign of life, or all may stand still without computing.
+        site: where they run; None: on this host.
+        environment: further variables for the ranks, such as `TrainConfig.horovod_environment()`.
 
     Raises:
-        WorkbenchError: the machine has not that many cores, or the ranks did not come up in time.
+        WorkbenchError: there are not that many cores or slots, a host or Slurm says no, or the ranks did not come up in
+            time.
     """
+    site = site or Site()
+    if hang_limit < LEAST_HANG_LIMIT:
+        raise WorkbenchError(f"`hang_limit` is {hang_limit}: it has to be {LEAST_HANG_LIMIT} seconds or more.")
+    if site.kind == "local":
+        _check_cores(workers, threads, oversubscribe)
+    site.check_workers(workers)
+    folder = _make_folder(site)
+    try:
+        # Other users of a host can reach its loopback as well, and a network even more: without the key, which is in
+        # files that only this user can read, nobody connects.
+        config = Config()
+        curve = "--IPController.enable_curve=True"
+        controller = [*_guarded(folder), sys.executable, "-m", "ipyparallel.controller", curve]
+        config.LocalControllerLauncher.controller_cmd = controller
+        variables = ENGINE_ENVIRONMENT | {"WORKBENCH_SCRATCH": folder} | (environment or {})
+        _LAUNCHING[site.kind](config, site, folder, workers, threads or site.cpus_per_task, variables)
+        made = ipyparallel.Cluster(
+            n=workers,
+            engines="slurm" if site.kind == "slurm" else "mpi",
+            controller_ip="127.0.0.1" if site.kind == "local" else hosts.own_address(site),
+            # Elsewhere the key is read from the shared folder: Slurm and ssh would carry an environment in the open.
+            send_engines_connection_env=site.kind == "local",
+            profile_dir=folder,
+            load_profile=False,
+            cluster_file="",
+            delay=0,
+            engine_timeout=int(timeout),
+            log=_quiet_log(),
+            config=config,
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    processes = _Processes(made, folder, site)
+    try:
+        try:
+            client, told = processes.connect(workers, timeout, hang_limit)
+        except (TimeoutError, ipyparallel.error.IPythonError, OSError, RuntimeError, CalledProcessError) as error:
+            raise WorkbenchError(processes.why_not(workers, timeout, error)) from None
+        # An engine's id is the order in which it registered; its rank is what MPI says.
+        yield Workers(client, told, processes, hang_limit)
+    finally:
+        processes.end()
+
+
+def _check_cores(workers: int, threads: int, oversubscribe: bool) -> None:
     cores = len(os.sched_getaffinity(0))
     if threads > cores and not oversubscribe:
         raise WorkbenchError(f"`threads` {threads} is more than the {cores} cores of this machine: use 0 to {cores}.")
@@ -357,56 +464,99 @@ def start(
             f"`workers` {workers}{each} cannot be started on this machine with {cores} cores: ask for "
             f"1 to {cores // max(threads, 1)}."
         )
-    if hang_limit < LEAST_HANG_LIMIT:
-        raise WorkbenchError(f"`hang_limit` is {hang_limit}: it has to be {LEAST_HANG_LIMIT} seconds or more.")
-    folder = tempfile.mkdtemp(prefix="workbench-cluster-")
-    made = ipyparallel.Cluster(
-        n=workers,
-        engines="mpi",
-        controller_ip="127.0.0.1",
-        profile_dir=folder,
-        load_profile=False,
-        cluster_file="",
-        delay=0,
-        engine_timeout=int(timeout),
-        log=_quiet_log(),
-        config=_launch_config(folder, cores, workers, threads, oversubscribe),
-    )
-    processes = _Processes(made, folder)
+
+
+def _make_folder(site: Site) -> str:
+    """The cluster's own folder, for this user alone; where the workers' hosts see it too."""
+    if site.kind == "local":
+        return tempfile.mkdtemp(prefix="workbench-cluster-")
+    shared = Path(site.folder).expanduser().resolve()
     try:
-        try:
-            client, told = processes.connect(workers, time.monotonic() + timeout, hang_limit)
-        except (TimeoutError, ipyparallel.error.IPythonError, OSError, RuntimeError) as error:
-            raise WorkbenchError(processes.why_not(workers, timeout, error)) from None
-        # An engine's id is the order in which it registered; its rank is what MPI says.
-        yield Workers(client, told, processes, hang_limit)
-    finally:
-        processes.end()
+        shared.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return tempfile.mkdtemp(prefix="workbench-", dir=shared)
+    except OSError as error:
+        raise WorkbenchError(
+            f"The `folder` {shared} of cluster {site.name} cannot be used: {error.strerror}."
+        ) from None
 
 
-def _launch_config(folder: str, cores: int, workers: int, threads: int, oversubscribe: bool) -> Config:
-    mpiexec = Path(sys.executable).with_name("mpiexec")
-    found = str(mpiexec) if mpiexec.exists() else shutil.which("mpiexec")
+def _guarded(folder: str) -> list[str]:
+    return [sys.executable, "-m", "workbench.training.guard", str(os.getpid()), folder]
+
+
+def _mpiexec() -> str:
+    own = Path(sys.executable).with_name("mpiexec")
+    found = str(own) if own.exists() else shutil.which("mpiexec")
     if found is None:
         raise WorkbenchError("There is no `mpiexec` beside this Python nor on PATH: install the environment again.")
-    guard = [sys.executable, "-m", "workbench.training.guard", str(os.getpid()), folder]
+    return found
+
+
+def _launch_here(config: Config, site: Site, folder: str, workers: int, threads: int, variables: dict) -> None:
+    cores = len(os.sched_getaffinity(0))
     each = threads or max(1, cores // workers)
-    config = Config()
-    config.MPIEngineSetLauncher.mpi_cmd = [*guard, found]
+    # Horovod: every rank gets its own cores; `distributed.start` takes as many threads. Hardware threads are
+    # what the affinity mask counts, so Open MPI is told to count them too.
+    bound = ["--use-hwthread-cpus", "--map-by", f"slot:PE={each}", "--bind-to", "hwthread"]
     if workers * each > cores:
         bound = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
-    else:
-        # Horovod: every rank gets its own cores; `distributed.start` takes as many threads. Hardware threads are
-        # what the affinity mask counts, so Open MPI is told to count them too.
-        bound = ["--use-hwthread-cpus", "--map-by", f"slot:PE={each}", "--bind-to", "hwthread"]
+    launcher = config.MPIEngineSetLauncher
+    launcher.mpi_cmd = [*_guarded(folder), _mpiexec()]
     # Tagged, so that each line of the log tells whose it is.
-    config.MPIEngineSetLauncher.mpi_args = ["--output", "tag", *bound]
-    config.MPIEngineSetLauncher.environment = ENGINE_ENVIRONMENT | {"WORKBENCH_SCRATCH": folder}
-    # Other users of this host can reach loopback as well: without the key, which is in files and environments that only
-    # this user can read, nobody connects.
-    curve = "--IPController.enable_curve=True"
-    config.LocalControllerLauncher.controller_cmd = [*guard, sys.executable, "-m", "ipyparallel.controller", curve]
-    return config
+    launcher.mpi_args = ["--output", "tag", *bound]
+    launcher.environment = ONE_HOST | variables
+
+
+def _launch_on_hosts(config: Config, site: Site, folder: str, workers: int, threads: int, variables: dict) -> None:
+    hosts.check(site, Path(folder))
+    slots = ",".join(f"{host}:{slots}" for host, slots in site.hosts.items())
+    ssh = ["--prtemca", "plm_ssh_agent", shlex.join(hosts.command(site))]
+    launcher = config.MPIEngineSetLauncher
+    launcher.mpi_cmd = [*_guarded(folder), _mpiexec()]
+    variables, arguments = _over_the_network(site, threads, variables)
+    forwarded = [word for name in (*FORWARDED, *variables) for word in ("-x", name)]
+    launcher.mpi_args = ["--host", slots, *ssh, *arguments, *forwarded]
+    launcher.environment = variables
+    launcher.engine_cmd = ENGINE
+    before = [f"module load {shlex.quote(module)}" for module in site.modules] + list(site.setup)
+    if before:
+        # A login shell, since it is one that knows `module`.
+        launcher.engine_cmd = ["bash", "-lc", "\n".join([*before, 'exec "$@"']), "worker", *ENGINE]
+
+
+def _launch_in_job(config: Config, site: Site, folder: str, workers: int, threads: int, variables: dict) -> None:
+    name, log = Path(folder).name, Path(folder, "log", "workers.log")
+    log.parent.mkdir()
+    variables, arguments = _over_the_network(site, threads, variables)
+    told = {"workers": workers, "name": name, "log": log, "mpiexec": [_mpiexec(), *arguments]}
+    script = slurm.write_script(site, **told, command=f"{shlex.join(ENGINE)} --mpi")
+    print(script, flush=True)
+    # Should this process be killed, the controller's guard cancels the job by its name, known before its number.
+    Path(folder, guard.ON_END).write_text(json.dumps(slurm.cancelling(name)))
+    launcher = config.SlurmEngineSetLauncher
+    # ipyparallel formats it; nothing in it is to be replaced.
+    launcher.batch_template = script.replace("{", "{{").replace("}", "}}")
+    launcher.submit_command = slurm.quietly("sbatch", Path(folder, SUBMITTING))
+    launcher.delete_command = slurm.quietly("scancel", Path(os.devnull))
+    launcher.environment = variables
+    launcher.output_file = str(log)
+    launcher.work_dir = folder
+
+
+def _over_the_network(site: Site, threads: int, variables: dict) -> tuple[dict[str, str], list[str]]:
+    """The ranks' environment, and the arguments of mpiexec, where they are on several hosts."""
+    # Horovod: ranks that are not bound share their host's cores out among themselves.
+    bound = ["--map-by", f"slot:PE={threads}", "--bind-to", "hwthread", "--use-hwthread-cpus"]
+    if not threads:
+        bound, variables = ["--map-by", "slot", "--bind-to", "none"], variables | {"WORKBENCH_UNBOUND": "1"}
+    if site.interface:
+        variables = variables | {"OMPI_MCA_btl_tcp_if_include": site.interface}
+        bound += ["--prtemca", "prte_if_include", site.interface]
+    bound += [word for name, value in KEEPALIVE.items() for word in ("--prtemca", name, value)]
+    return variables, ["--output", "tag", "--prefix", sys.prefix, *bound]
+
+
+_LAUNCHING = {"local": _launch_here, "hosts": _launch_on_hosts, "slurm": _launch_in_job}
 
 
 def _introduce() -> dict:

@@ -45,8 +45,9 @@ class TrainConfig:
     Attributes:
         shard_folder: shards to read, as `workbench.data.shards` wrote them.
         findings: names the shards must hold, in order; empty: whatever they hold.
-        network, weights, precision: see `workbench.training.network.build_network`; weights "none" or "" for
-            a random start.
+        network, weights: see `workbench.training.network.build_network`; weights "none" or "" for a random start.
+        precision: of the layers' arithmetic; weights stay float32 in each. "auto" goes by the oldest GPU of all workers
+            (`precision_for`) and is float32 on CPUs, where the same seed has given the same weights from the beginning.
         image_size: side of the square that the network sees, in pixels.
         batch_size: images per worker and step.
         epochs: the most epochs to train.
@@ -58,7 +59,18 @@ class TrainConfig:
             improved for that many epochs; patience 0 switches this off.
         early_stop_patience: end after so many epochs without a better one; 0 never.
         best_by: "auroc" keeps the epoch of the highest mean validation AUROC, "loss" that of the lowest loss.
-        compression: "fp16" halves the gradients' traffic, "none" leaves them.
+        compression: "fp16" halves the gradients' traffic, at fp16's range; "none" leaves them, since between ranks of
+            one host it brought nothing (28 MB a step for DenseNet-121), and it changes the numbers. Worth a try between
+            hosts on Ethernet.
+        hierarchical_allreduce: average within each host by NCCL first, then between hosts by MPI. Off, since NCCL's own
+            rings know the hosts, and the step through MPI copies by way of the processors; worth a try with many GPUs
+            a host and no InfiniBand. On one host, and without NCCL, Horovod passes it over.
+        cycle_time_ms: how long Horovod gathers tensors before it exchanges them, in ms. Its own 1: a step exchanges all
+            its gradients as one group, so a longer wait gathers nothing more (10 ms cost 8 % on two cores).
+        fusion_mb: the buffer in which it joins small tensors to one message, in MiB; 0: each by itself. Its own 128,
+            which takes all gradients of DenseNet-121 (28 MB) in one message.
+        xla: compile forward and backward pass with XLA, without `fast`'s compiled operations. Off: on two cores the
+            training step was slower with it, and on GPUs it has not been measured yet (`make bench-gpu` does).
         augment: flip, shift and contrast changes on training images.
         seed: of initial weights, data order and augmentation.
         threads: TensorFlow threads of each worker; 0: the cores the worker was given.
@@ -71,7 +83,7 @@ class TrainConfig:
     findings: Sequence[str] = ()
     network: str = "DenseNet121"
     weights: str = "imagenet"
-    precision: str = "float32"
+    precision: str = "auto"
     image_size: int = 256
     batch_size: int = 64
     epochs: int = 10
@@ -83,6 +95,10 @@ class TrainConfig:
     early_stop_patience: int = 0
     best_by: str = "auroc"
     compression: str = "none"
+    hierarchical_allreduce: bool = False
+    cycle_time_ms: float = 1.0
+    fusion_mb: int = 128
+    xla: bool = False
     augment: bool = True
     seed: int = 0
     threads: int = 0
@@ -98,7 +114,8 @@ class TrainConfig:
         names = self.findings
         _require(all(isinstance(name, str) for name in names), "findings", names, "a list of names")
         _require(self.network in NETWORKS, "network", self.network, f"one of {', '.join(NETWORKS)}")
-        _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        named = ("auto", *PRECISIONS)
+        _require(self.precision in named, "precision", self.precision, f"one of {', '.join(named)}")
         _require(self.scaling in SCALINGS, "scaling", self.scaling, f"one of {', '.join(SCALINGS)}")
         _require(self.compression in COMPRESSIONS, "compression", self.compression, f"one of {', '.join(COMPRESSIONS)}")
         _require(self.best_by in CRITERIA, "best_by", self.best_by, f"one of {', '.join(CRITERIA)}")
@@ -111,6 +128,10 @@ class TrainConfig:
         for name in ("plateau_patience", "early_stop_patience", "threads", "seed", "damaged_limit"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 0, name, value, "a whole number, 0 or more")
+        cycle, fusion = self.cycle_time_ms, self.fusion_mb
+        _require(0 < cycle <= 1000, "cycle_time_ms", cycle, "above 0, at most 1000")
+        # Horovod holds such a buffer for every device, from the first exchange on.
+        _require(0 <= fusion <= 1024, "fusion_mb", fusion, "0 to 1024")
         rate = self.learning_rate
         _require(0 < rate < 1e38, "learning_rate", rate, "> 0, and such that float32 holds it")
         _require(0 < self.plateau_factor < 1, "plateau_factor", self.plateau_factor, "a number between 0 and 1")
@@ -137,6 +158,15 @@ class TrainConfig:
         """The fields as a dictionary of plain values, for a run's record."""
         return asdict(self) | {"findings": list(self.findings)}
 
+    def horovod_environment(self) -> dict[str, str]:
+        """What Horovod reads when it starts, so it has to be given to `cluster.start`."""
+        # Horovod: always all three, so that a run's record says what was, whatever the shell had set.
+        return {
+            "HOROVOD_HIERARCHICAL_ALLREDUCE": str(int(self.hierarchical_allreduce)),
+            "HOROVOD_CYCLE_TIME": str(float(self.cycle_time_ms)),
+            "HOROVOD_FUSION_THRESHOLD": str(self.fusion_mb * 2**20),
+        }
+
     def base_rate(self, size: int) -> float:
         """The learning rate for `size` workers before warm-up and decay."""
         return self.learning_rate * {"none": 1.0, "linear": size, "sqrt": math.sqrt(size)}[self.scaling]
@@ -145,6 +175,16 @@ class TrainConfig:
         """The factor, 0.1 to 1, at a step (from 0) of an epoch (from 0) of `steps` steps."""
         done = epoch + step / steps
         return 1.0 if done >= self.warmup_epochs else 0.1 + 0.9 * done / self.warmup_epochs
+
+
+def precision_for(capability: tuple[int, int]) -> str:
+    """The precision that a GPU computes fastest without losing accuracy, by its compute capability; (0, 0): a CPU.
+
+    bfloat16 has float32's range and needs no loss scaling, so it comes first wherever tensor cores know it, which is
+    from Ampere (8.0) on. Volta and Turing (7.x) have tensor cores for float16 alone, which needs the scaling. Older
+    ones have none, and gain little.
+    """
+    return "mixed_bfloat16" if capability >= (8, 0) else "mixed_float16" if capability >= (7, 0) else "float32"
 
 
 def better(criterion: str, row: dict, best: dict | None) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import keras
@@ -21,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from workbench import WorkbenchError
-from workbench.training.config import COMPRESSIONS
+from workbench.training.config import COMPRESSIONS, precision_for
 from workbench.training.pulse import exchange, uncounted
 
 
@@ -38,25 +39,30 @@ class World:
 
 _world: World | None = None
 _hvd = None
+_clock: tf.Variable | None = None  # of this rank's own time and that in exchanges, see `exchange_seconds`
 
 
 def start(threads: int = 0) -> World:
     """Initialise Horovod if MPI started this process, pin the GPU, set the threads. Later calls change nothing.
 
     Args:
-        threads: TensorFlow threads of this rank; 0 means as many as it was given cores.
+        threads: TensorFlow threads of this rank; 0 means as many as it was given cores, or, where ranks are not bound
+            to any, its share of the host's.
     """
     global _world, _hvd
     if _world is not None:
         return _world
     _compute_alike()
-    threads = threads or len(os.sched_getaffinity(0))
+    sharing = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) if os.environ.get("WORKBENCH_UNBOUND") else 1
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // sharing)
     # In a process where TensorFlow has computed already its threads are what they are.
     with contextlib.suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
     world = World(threads=threads)
     if launched_ranks() > 1:
+        # Horovod: `timeline` can record only where it was told so before it starts; until then nothing is written.
+        os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
         # Horovod: imported only where MPI runs, so that one process needs neither.
         import horovod.tensorflow as hvd
 
@@ -76,6 +82,17 @@ def start(threads: int = 0) -> World:
         tf.config.experimental.set_memory_growth(gpu, True)
     _world = world
     return world
+
+
+def settle_precision(precision: str) -> str:
+    """The precision that all ranks use; "auto" becomes what the oldest of their GPUs is made for."""
+    if precision != "auto":
+        return precision
+    capability = (0, 0)
+    if gpus := tf.config.get_visible_devices("GPU"):
+        capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", capability)
+    # Horovod: ranks of different precision would hold different variables, and wait for each other for ever.
+    return precision_for(min(map(tuple, gather(np.array([capability])).tolist())))
 
 
 def _compute_alike() -> None:
@@ -115,12 +132,57 @@ def averaging(optimizer: keras.optimizers.Optimizer, *, compression: str = "none
     if _hvd is None:
         return optimizer
     base = type(optimizer)
+    clock = _begin_clock()
 
     def apply(self, grads, trainable_variables=None):
-        return base.apply(self, _average_gradients(list(grads), compression), trainable_variables)
+        ready = _now_after(grads)
+        averaged = _average_gradients(list(grads), compression)
+        over = _now_after(averaged)
+        # Seconds since the exchange before, by myself and in this one, summed up; and when this one was over.
+        clock.assign(tf.stack([clock[0] + ready - clock[2], clock[1] + over - ready, over]))
+        return base.apply(self, averaged, trainable_variables)
 
     averaged = type(f"Averaging{base.__name__}", (base,), {"apply": apply})
     return averaged.from_config(optimizer.get_config())
+
+
+def _begin_clock() -> tf.Variable:
+    global _clock
+    with tf.device("CPU:0"):
+        _clock = tf.Variable([0.0, 0.0, 0.0], dtype=tf.float64, trainable=False)
+    return _clock
+
+
+def _now_after(gradients: list) -> tf.Tensor:
+    """The time at which all of these are computed, as float64 seconds; on a GPU as well, whose work comes later."""
+    held = [gradient for gradient in gradients if gradient is not None]
+    with tf.control_dependencies([tf.convert_to_tensor(gradient) for gradient in held]):
+        # A number that has to come to the host cannot come before what the GPU was given to do earlier.
+        last = tf.reshape(tf.convert_to_tensor(held[-1]), [-1])[0]
+    with tf.device("CPU:0"):
+        last = tf.identity(last)
+        with tf.control_dependencies([last]):
+            return tf.timestamp()
+
+
+def begin_steps() -> None:
+    """Have the time since the last step, in which something else was done, count as no step's."""
+    if _clock is not None:
+        _clock[2].assign(tf.timestamp())
+
+
+def exchange_seconds() -> tuple[float, float]:
+    """How long this rank has computed by itself, and how long it was in exchanges of gradients, since it began.
+
+    Its own time of a step is from the end of one exchange to where its gradients are ready for the next: the optimizer,
+    the input, forward and backward. In synchronous training all ranks do as many steps a second, and the slowest one
+    is the one that takes longest by itself: the others wait for it in the exchange. Without MPI there is no exchange,
+    and both are 0.
+    """
+    if _clock is None:
+        return 0.0, 0.0
+    own, exchanging, _ = _clock.numpy().tolist()
+    return own, exchanging
 
 
 def _average_gradients(gradients: list, compression: str) -> list:
@@ -160,6 +222,23 @@ def gather(rows: np.ndarray) -> np.ndarray:
         return rows
     with exchange():
         return _hvd.allgather(tf.convert_to_tensor(rows)).numpy()
+
+
+@contextlib.contextmanager
+def timeline(path: str | os.PathLike) -> Iterator[None]:
+    """Record Horovod's timeline of the block to a file, on rank 0; without other ranks there is nothing to record.
+
+    `workbench.analysis.timeline` reads it. It is written whole only some time after the block has ended.
+    """
+    if _hvd is None:
+        yield
+        return
+    # Horovod: the coordinator writes what all ranks do.
+    _hvd.start_timeline(os.fspath(path))
+    try:
+        yield
+    finally:
+        _hvd.stop_timeline()
 
 
 def average_batch_statistics(model: keras.Model) -> None:

@@ -7,20 +7,25 @@ killed, the schedulers of a controller that was. Not for use by hand:
     python -m workbench.training.guard PARENT_PID FOLDER COMMAND [ARGUMENT ...]
 
 FOLDER is the cluster's own, with its keys and logs; it is removed when the process that should have done that is gone.
+A command in its file `on_end.json` is run before: what cancels a job elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
+ON_END = "on_end.json"
 GRACE = 3.0  # seconds between asking and killing; less than the launcher's own patience
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl(2)
 
@@ -43,6 +48,8 @@ def main(parent: int, folder: str, command: list[str]) -> int:
     for orphan in psutil.Process().children():
         end(orphan.pid, grace=0.0)
     if os.getppid() != parent:
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            subprocess.run(json.loads(Path(folder, ON_END).read_text()), timeout=60, capture_output=True, check=False)
         shutil.rmtree(folder, ignore_errors=True)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 

@@ -1,7 +1,7 @@
 """Hosts that are reached by ssh: whether each answers and has what workers need, and how they reach this one.
 
-    hosts.check(site, folder)               # WorkbenchError names the host, and what ssh said
-    hosts.own_address(site)                 # "10.0.0.1"
+hosts.check(site, folder)               # WorkbenchError names the host, and what ssh said
+hosts.own_address(site)                 # "10.0.0.1"
 """
 
 from __future__ import annotations

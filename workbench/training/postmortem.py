@@ -47,6 +47,14 @@ def read_mpiexec(lines: list[str], rank: int | None) -> tuple[int | None, str]:
     return rank, said[-300:] or "it left no message"
 
 
+def lost_host(lines: list[str]) -> str:
+    """The host whose part of mpiexec ended first, or nothing; it says so where a host is switched off."""
+    said = " ".join(line for line in lines if not re.match(r"\[\d+,\d+\]<", line))
+    match = re.search(r"lost communication with a remote daemon.*?Remote daemon: .*? on node (\S+)", said)
+    match = match or re.search(r"Remote host: +(\S+) .*?Daemon exit status", said)
+    return match[1] if match else ""
+
+
 def killed_for_memory() -> int:
     """How many processes this host's kernel has killed for lack of memory since it started."""
     try:

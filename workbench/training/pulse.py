@@ -24,13 +24,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from workbench import Interrupted
 
 PACKAGE = str(Path(__file__).parents[1])
 EVERY = 1.0  # seconds between two signs
 BUSY = 0.15  # cores, in user mode, from which on a rank computes, however slowly
 PATIENCE = 10  # times the limit, for a rank that computes, or that said it would take long
-STARTING = {"number": 0, "beats": 0, "doing": "starting", "patience": PATIENCE, "exchanging": False}
+STARTING = {"number": 0, "beats": 0, "doing": "starting", "patience": PATIENCE, "exchanging": False, "measured": {}}
 UNHEARD = STARTING | {"at": "before its first sign", "cpu": 0.0}
 
 _state, _asked_to_stop = dict(STARTING), False
@@ -51,6 +53,11 @@ def beat(doing: str, *, patience: int = 1, stops: bool = True) -> None:
     if _asked_to_stop and stops:
         raise Interrupted(f"before {doing}")
     _state.update(beats=_state["beats"] + 1, doing=doing, patience=patience)
+
+
+def measure(**measured: float) -> None:
+    """Have the next signs carry figures of this rank, such as its images per second, beside the ones before."""
+    _state["measured"] = _state["measured"] | measured
 
 
 @contextmanager
@@ -82,8 +89,9 @@ def told(publish: Callable[[dict], None]) -> Iterator[None]:
     """Publish a sign at once and every second until the block ends.
 
     A sign has `number` (of the sign), `beats` (so far), `doing`, `patience`, `at` (file, line and function of this
-    package that the calling thread is in) and `cpu` (user seconds, without `uncounted`
-    threads). While the block runs, SIGINT asks this rank to stop at its next beat.
+    package that the calling thread is in), `cpu` (user seconds, without `uncounted` threads) and `measured`: what
+    `measure` was given, and `memory`, the bytes that this process holds of the host's. While the block runs, SIGINT
+    asks this rank to stop at its next beat.
     """
     global _asked_to_stop
     ended, here = threading.Event(), threading.get_ident()
@@ -94,7 +102,8 @@ def told(publish: Callable[[dict], None]) -> Iterator[None]:
     def tell() -> None:
         while True:
             _state["number"] += 1
-            publish(_state | {"at": _place(here), "cpu": _computed()})
+            measured = _state["measured"] | {"memory": psutil.Process().memory_info().rss}
+            publish(_state | {"at": _place(here), "cpu": _computed(), "measured": measured})
             if ended.wait(EVERY):
                 return
 
@@ -165,6 +174,10 @@ class Watch:
         if sign["beats"] != known.sign["beats"]:
             known.moved, known.cpu = now, sign["cpu"]
         known.sign, known.at = sign, now
+
+    def measured(self) -> list[dict]:
+        """What each rank measured of itself, in rank order: see `told`; empty where it has given no sign yet."""
+        return [self._heard[rank].sign.get("measured", {}) for rank in sorted(self._heard)]
 
     def find_fault(self, waiting: Iterable[int], now: float) -> tuple[int | None, str] | None:
         """Which of the ranks that are waited for keeps everybody waiting, and what is wrong; None if all is well.

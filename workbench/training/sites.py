@@ -90,8 +90,8 @@ class Site:
             of = ", ".join(f"{host} {slots}" for host, slots in self.hosts.items())
             of = of or f"{self.nodes} nodes of {self.tasks_per_node}"
             raise WorkbenchError(
-                f"`workers` is {workers}, and the cluster {self.name} takes 1 to {self.slots} ({of}): ask for fewer, or "
-                f"change {FILE}."
+                f"`workers` is {workers}, and the cluster {self.name} takes 1 to {self.slots} ({of}): ask for fewer, "
+                f"or change {FILE}."
             )
 
 
@@ -126,7 +126,9 @@ def make_site(name: str, settings: Mapping[str, Any], where: Any = FILE) -> Site
         if expected:
             raise WorkbenchError(f"{where}, cluster {name}: `{key}` is {value!r}: it has to be {expected}.")
     if kind == "hosts" and not settings.get("hosts"):
-        raise WorkbenchError(f"{where}, cluster {name}: `hosts` is missing: name each host and how many workers it takes.")
+        raise WorkbenchError(
+            f"{where}, cluster {name}: `hosts` is missing: name each host and how many workers it takes."
+        )
     lists = {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}
     return Site(name=name, **{**settings, **lists})
 

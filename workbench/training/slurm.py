@@ -1,31 +1,37 @@
-"""A job of Slurm in which workers run: its script, whether Slurm takes it, how it stands, why it ended.
+"""A job of Slurm in which workers run: its script, how it stands, why it was refused or has ended.
 
-The job itself is sent and cancelled by ipyparallel's launcher, see `workbench.training.cluster`.
+The job is sent and cancelled by ipyparallel's launcher, see `workbench.training.cluster`.
 
     script = slurm.write_script(site, workers=8, name="workbench-1", log=log, command="ipengine --mpi")
-    slurm.check(script)                     # WorkbenchError if Slurm would refuse it
-    slurm.read_state("17")                  # State("PENDING", "Resources")
+    job = slurm.Job("17", site)
+    job.state()                             # State("PENDING", "Resources"), asked at most every two seconds
 """
 
 from __future__ import annotations
 
+import getpass
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from workbench import WorkbenchError
 from workbench.training.sites import FILE, Site
 
 PATIENCE = 30.0  # seconds that one of Slurm's commands may take
+EVERY = 2.0  # seconds between two questions about a job: many users ask the same controller
+UNANSWERED = 60.0  # seconds for which Slurm may know nothing of a job, such as while its controller starts again
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SUSPENDED")
-RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING")
+RUNNING = ("RUNNING", "STAGE_OUT", "SIGNALING")
+ENDED_BY_SLURM = ("TIMEOUT", "CANCELLED", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
 # Reasons for which a job waits for ever.
 NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "AccountNotAllowed", "QOSNotAllowed",
          "InvalidAccount", "InvalidQOS", "QOSMaxNodePerUserLimit", "AssocMaxJobsLimit", "JobHeldAdmin")  # fmt: skip
 UNKNOWN = "UNKNOWN"
+NODE_FAILURE = "DUE TO NODE FAILURE"  # what srun says, some seconds before the job's state does
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,12 @@ class State:
 
     @property
     def queued(self) -> bool:
+        """Whether it has not begun."""
         return self.word in QUEUED
 
     @property
     def running(self) -> bool:
+        """Whether it has begun and not ended."""
         return self.word in RUNNING
 
     def told(self) -> str:
@@ -83,37 +91,106 @@ def write_script(site: Site, *, workers: int, name: str, log: Path, mpiexec: Seq
     return "\n".join(["#!/bin/bash", *lines, f"exec {shlex.join(mpiexec)} -n {workers} {command}", ""])
 
 
-def check(script: str, site: Site) -> None:
-    """Ask Slurm whether it would take this job.
-
-    Raises:
-        WorkbenchError: it would not, it does not answer, or there is no Slurm here.
-    """
-    done = _call(["sbatch", "--test-only"], script)
-    if done.returncode == 0:
-        return
-    said = [line.removeprefix("sbatch: error: ").removeprefix("allocation failure: ") for line in done.stderr.split("\n")]
-    said = [line.strip().rstrip(".") for line in said if line.strip() and not line.startswith("sbatch: Job")]
+def refusal(said: str, site: Site) -> str:
+    """What sbatch said to a job that it did not take, as a sentence with what to do."""
+    lines = [line.strip().rstrip(".") for line in said.splitlines() if line.startswith("sbatch: error: ")]
+    lines = dict.fromkeys(line.removeprefix("sbatch: error: ") for line in lines)
     there = " ".join(_call(["sinfo", "-h", "-o", "%P"]).stdout.split())
     partitions = f" Its partitions are {there.replace('*', ' (the default)')}." if there else ""
-    raise WorkbenchError(
-        f"Slurm refuses the job of cluster {site.name}: {'; '.join(dict.fromkeys(said)) or 'it does not say why'}."
+    return (
+        f"Slurm refuses the job of cluster {site.name}: {'; '.join(lines) or said.strip() or 'it does not say why'}."
         f"{partitions} Change the cluster's settings in {FILE}."
     )
 
 
-def read_state(job: str) -> State:
-    """How a job stands; of one that has ended Slurm knows it for some minutes more."""
+def quietly(command: str, errors: Path) -> list[str]:
+    """One of Slurm's commands, whose errors go to a file instead of the user.
+
+    Raises:
+        WorkbenchError: there is no Slurm here.
+    """
+    if shutil.which(command) is None:
+        raise WorkbenchError(f"There is no `{command}` here: start from a host on which Slurm's commands are.")
+    return ["sh", "-c", f'exec {command} "$@" 2>"$0"', str(errors)]
+
+
+class Job:
+    """A job that was sent."""
+
+    def __init__(self, number: str, site: Site):
+        self.number, self.site = number, site
+        self._state, self._asked, self._known = State("PENDING"), 0.0, time.monotonic()
+
+    def state(self) -> State:
+        """How it stands."""
+        now = time.monotonic()
+        if now - self._asked >= EVERY:
+            state, self._asked = _read_state(self.number), now
+            if state.word != UNKNOWN:
+                self._known = now
+            if state.word != UNKNOWN or now - self._known > UNANSWERED:
+                self._state = state
+        return self._state
+
+    def wait_in_queue(self) -> None:
+        """Print how it stands until it runs.
+
+        Raises:
+            WorkbenchError: it never will, has ended, or waits longer than the cluster's `queue_limit`.
+        """
+        began, told = time.monotonic(), ""
+        while not (state := self.state()).running:
+            if not state.queued or state.reason in NEVER:
+                raise WorkbenchError(self.explain())
+            if state.told() != told:
+                told = state.told()
+                print(f"Slurm's job {self.number} is {told}", flush=True)
+            limit = self.site.queue_limit * 60
+            if limit and time.monotonic() - began > limit:
+                raise WorkbenchError(
+                    f"Slurm's job {self.number} of cluster {self.site.name} was {told} for {self.site.queue_limit:g} "
+                    f"minutes, and was cancelled: ask for less, or for a longer `queue_limit` in {FILE}."
+                )
+            time.sleep(EVERY / 4)
+        print(f"Slurm's job {self.number} is {state.told()}", flush=True)
+
+    def end_of(self, seconds: float) -> State:
+        """Wait until it has ended, `seconds` at most."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            state = self.state()
+            if not state.running and not state.queued and state.word != "COMPLETING":
+                break
+            time.sleep(EVERY / 4)
+        return self.state()
+
+    def explain(self, word: str = "") -> str:
+        """Why it does not run, as a sentence, with what to do; `word` where more is known than Slurm says yet."""
+        state = self.state()
+        return _explain(self.number, replace(state, word=word or state.word), self.site)
+
+
+def cancelling(name: str) -> list[str]:
+    """The command that cancels all jobs of this name."""
+    return ["scancel", f"--name={name}", f"--user={getpass.getuser()}"]
+
+
+def cancel(name: str) -> None:
+    """Cancel all jobs of this name; none is no error."""
+    _call(cancelling(name))
+
+
+def _read_state(job: str) -> State:
     done = _call(["squeue", "-h", "-j", job, "-o", "%T|%r|%N"])
     if done.returncode == 0 and done.stdout.strip():
         return State(*done.stdout.strip().splitlines()[0].split("|"))
+    # Of a job that has ended Slurm knows for some minutes more.
     done = _call(["scontrol", "-o", "show", "job", job])
     told = dict(part.split("=", 1) for part in done.stdout.split() if "=" in part)
     return State(told.get("JobState", UNKNOWN), told.get("Reason", ""), told.get("NodeList", ""))
 
 
-def explain(job: str, state: State, site: Site) -> str:
-    """Why a job that should run does not, as a sentence, with what to do."""
+def _explain(job: str, state: State, site: Site) -> str:
     which = f"Slurm's job {job} of cluster {site.name}"
     on = f" on {state.nodes}" if state.nodes not in ("", "(null)", "None assigned") else ""
     if state.queued:

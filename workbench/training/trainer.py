@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -29,7 +30,7 @@ from workbench import WorkbenchError
 from workbench.data import damage, pipeline, shards
 from workbench.files import held, remove_parts, written_whole
 from workbench.runs import TRAINING_LOCK, now, update_run
-from workbench.training import checkpoint, distributed, fast, network, skipping
+from workbench.training import checkpoint, distributed, fast, network, pulse, skipping
 from workbench.training.config import TrainConfig, better, decay_after
 from workbench.training.pulse import PATIENCE, beat, exchange
 
@@ -54,7 +55,7 @@ def train(
 
     Returns:
         On every rank: epochs, best_epoch, val_auroc, val_loss (of the best epoch), images_per_second (over all
-        ranks, median of the epochs after the first where there are several), seconds, world_size, hosts, and
+        ranks, median of the epochs after the first where there are several), seconds, world_size, hosts, precision, and
         weights_sha256, this rank's own digest of the best epoch's weights.
 
     Raises:
@@ -74,6 +75,7 @@ def train(
 
 @skipping.damaged_records
 def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Report, resume: bool) -> dict:
+    config = _settled(config)
     beat("reading what the shards hold")
     info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
     train_images = info["splits"]["train"]["images"]
@@ -108,7 +110,7 @@ def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Re
             print(f"going on after epoch {len(history)} of {config.epochs}, best so far epoch {best['epoch']}")
         for row in history:
             tell({"history": row, "epoch": row["epoch"], "epochs": config.epochs})
-    train_step, predict_step = build_train_step(model, optimizer), build_predict_step(model)
+    train_step, predict_step = build_train_step(model, optimizer, xla=config.xla), build_predict_step(model)
     tell({"phase": "compiling the first step", "epoch": len(history) + 1, "epochs": config.epochs})
     began = time.perf_counter()
     for epoch in range(len(history), config.epochs):
@@ -161,10 +163,11 @@ def _train(config: TrainConfig, folder: Path, world: distributed.World, tell: Re
         "seconds": time.perf_counter() - began,
         "world_size": world.size,
         "hosts": sorted(set(gather_names(socket.gethostname()))),
+        "precision": config.precision,
         "weights_sha256": weights_digest(model),
     }
     if world.rank == 0:
-        names = ("world_size", "images_per_second", "best_epoch", "hosts")
+        names = ("world_size", "images_per_second", "best_epoch", "hosts", "precision")
         record = update_run(folder, **{name: summary[name] for name in names})
         if not record["stages"]:  # a run by hand, which nobody else will call finished
             update_run(folder, status="finished", ended=now())
@@ -184,7 +187,15 @@ def _write_model(folder: Path, model: keras.Model, info: dict) -> None:
 
 
 @skipping.damaged_records
-def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3, limit: float = math.inf) -> dict:
+def measure_throughput(
+    config: TrainConfig,
+    *,
+    steps: int = 20,
+    warmup: int = 3,
+    limit: float = math.inf,
+    timeline: str | os.PathLike = "",
+    watched: int = 5,
+) -> dict:
     """Time training steps on the real shards, input included, without keeping anything.
 
     Args:
@@ -192,31 +203,49 @@ def measure_throughput(config: TrainConfig, *, steps: int = 20, warmup: int = 3,
         steps: how many steps are timed, one by one; epochs follow each other as far as needed.
         warmup: untimed steps before them (the first one compiles).
         limit: seconds that the timed steps may take in all; there are fewer of them then, but at least one.
+        timeline: file for Horovod's timeline of further steps, which are not timed since recording slows them down;
+            written by rank 0, where there are other ranks.
+        watched: how many these are.
 
     Returns:
-        On every rank: world_size, images_per_second over all ranks, one value per timed step, and first_step_seconds,
-        None without a step of warm-up.
+        On every rank: world_size; images_per_second over all ranks and input_seconds, the mean over ranks of what they
+        waited for images, one value per timed step; gradient_bytes of all gradients, before compression; and
+        first_step_seconds (None without a step of warm-up).
     """
     world = distributed.start(config.threads)
     info = shards.read_info(config.shard_folder, findings=list(config.findings) or None)
     model, optimizer = _build(config, len(info["findings"]), world)
-    train_step, batches, seconds = build_train_step(model, optimizer), _endless(config, world), []
-    while len(seconds) < warmup + steps:
-        beat(f"measuring step {len(seconds) + 1}")
+    train_step, batches = build_train_step(model, optimizer, xla=config.xla), _endless(config, world)
+
+    def run_step(number: int) -> tuple[float, float]:
+        beat(f"measuring step {number}")
         began = time.perf_counter()
+        batch = next(batches)
+        came = time.perf_counter()
         with exchange():
-            float(train_step(*next(batches)))
-        seconds.append(time.perf_counter() - began)
-        if len(seconds) == warmup + 1 and limit < math.inf:
+            float(train_step(*batch))
+        return time.perf_counter() - began, came - began
+
+    took = []
+    while len(took) < warmup + steps:
+        took.append(run_step(len(took) + 1))
+        if len(took) == warmup + 1 and limit < math.inf:
             # Horovod: all ranks do as many steps, by the one that was slowest.
-            slowest = float(distributed.gather(np.array(seconds[-1:])).max())
+            slowest = float(distributed.gather(np.array(took[-1][:1])).max())
             steps = max(1, min(steps, int(limit / slowest)))
-    # Horovod: a step ends when its slowest rank does.
-    slowest = distributed.gather(np.array([seconds])).max(axis=0)
+    if timeline:
+        with distributed.timeline(timeline):
+            for step in range(watched):
+                run_step(warmup + steps + step + 1)
+    everyone = distributed.gather(np.array([took]))  # (ranks, steps, 2)
+    first, everyone = float(everyone[:, 0, 0].max()), everyone[:, warmup:]
     return {
         "world_size": world.size,
-        "images_per_second": (config.batch_size * world.size / slowest[warmup:]).tolist(),
-        "first_step_seconds": float(slowest[0]) if warmup else None,
+        # Horovod: a step ends when its slowest rank does.
+        "images_per_second": (config.batch_size * world.size / everyone[..., 0].max(axis=0)).tolist(),
+        "input_seconds": everyone[..., 1].mean(axis=0).tolist(),
+        "gradient_bytes": 4 * sum(int(np.prod(v.shape)) for v in model.trainable_variables),
+        "first_step_seconds": first if warmup else None,
     }
 
 
@@ -237,17 +266,28 @@ def _check_validation(config: TrainConfig, info: dict) -> None:
         )
 
 
-def build_train_step(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Callable:
-    """A compiled step: (B, H, W, 1) uint8 and (B, K) float32 in, this rank's mean loss out; weights updated."""
-    compute, loss_function = fast.forward(model), keras.losses.BinaryCrossentropy()
+def build_train_step(model: keras.Model, optimizer: keras.optimizers.Optimizer, *, xla: bool = False) -> Callable:
+    """A compiled step: (B, H, W, 1) uint8 and (B, K) float32 in, this rank's mean loss out; weights updated.
 
-    @tf.function(reduce_retracing=True)
-    def train_step(radiographs, labels):
+    With `xla` forward and backward pass are compiled by XLA, which knows TensorFlow's own operations alone.
+    """
+    compute, loss_function = fast.forward(model, compiled=not xla), keras.losses.BinaryCrossentropy()
+
+    def differentiate(radiographs, labels):
         with tf.GradientTape() as tape:
             loss = loss_function(labels, compute(radiographs, training=True))
             scaled = optimizer.scale_loss(loss)
+        return loss, tape.gradient(scaled, model.trainable_variables)
+
+    if xla:
+        # Horovod: the exchange stays outside, where it is the same operation as without XLA.
+        differentiate = tf.function(differentiate, jit_compile=True)
+
+    @tf.function(reduce_retracing=True)
+    def train_step(radiographs, labels):
+        loss, gradients = differentiate(radiographs, labels)
         # Horovod: `averaging` made apply() average these gradients over all ranks first.
-        optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
         return loss
 
     return train_step
@@ -335,7 +375,12 @@ def gather_names(name: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in distributed.gather(padded)]
 
 
+def _settled(config: TrainConfig) -> TrainConfig:
+    return replace(config, precision=distributed.settle_precision(config.precision))
+
+
 def _build(config: TrainConfig, findings: int, world: distributed.World):
+    config = _settled(config)
     # The same seed on every rank; the broadcast makes sure whatever the seed does not reach.
     keras.utils.set_random_seed(config.seed)
     weights = None if config.weights in ("", "none") else config.weights
@@ -365,6 +410,8 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
     rate = config.base_rate(world.size) * decay
     began = told = time.perf_counter()
     waited, losses = 0.0, []
+    distributed.begin_steps()
+    pace = _Pace(began, *distributed.exchange_seconds())
     for step in range(steps):
         asked = time.perf_counter()
         radiographs, labels = next(batches)
@@ -379,6 +426,7 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
         if time.perf_counter() - told > 1:
             told = time.perf_counter()
             done = step + 1
+            pace = _measure_pace(pace, _Pace(told, *distributed.exchange_seconds(), waited, done), config.batch_size)
             tell(
                 {
                     "phase": "training",
@@ -387,7 +435,10 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
                     "step": done,
                     "steps": steps,
                     "loss": float(np.mean([float(loss) for loss in losses[-20:-1] or losses])),
+                    "learning_rate": rate * config.warmup(epoch, step, steps),
                     "images_per_second": done * config.batch_size * world.size / (told - began),
+                    "input_wait_share": waited / (told - began),
+                    "epoch_seconds": told - began,
                 }
             )
     _check_finite(losses[-1], epoch, steps - 1, world.rank)
@@ -404,6 +455,32 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
         "learning_rate": rate * config.warmup(epoch, steps - 1, steps),
         "loss": row["loss"],
     }
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """Sums at a moment: the clock, seconds of this rank's own, in exchanges, waiting for input, and steps."""
+
+    clock: float
+    own: float
+    exchanging: float
+    waited: float = 0.0
+    steps: int = 0
+
+
+def _measure_pace(before: _Pace, now: _Pace, batch_size: int) -> _Pace:
+    """Tell with this rank's signs of life how it did since `before`; returns `now`."""
+    seconds, exchanging = now.clock - before.clock, now.exchanging - before.exchanging
+    # Horovod: all ranks do as many steps a second; how fast each would be shows in the time that is its own.
+    own = now.own - before.own or seconds
+    pulse.measure(
+        images_per_second=(now.steps - before.steps) * batch_size / max(own, 1e-9),
+        input_wait_share=(now.waited - before.waited) / seconds,
+        exchange_share=min(max(exchanging / seconds, 0.0), 1.0),
+    )
+    if tf.config.list_logical_devices("GPU"):
+        pulse.measure(gpu_memory=tf.config.experimental.get_memory_info("GPU:0")["current"])
+    return now
 
 
 def _training_batches(config: TrainConfig, epoch: int, world: distributed.World) -> tf.data.Dataset:

@@ -28,7 +28,14 @@ from workbench.analysis.plots.judgement import (
     plot_subgroups,
 )
 from workbench.analysis.plots.localisation import plot_localisation
-from workbench.analysis.plots.scaling import plot_efficiency, plot_throughput, plot_time_to_train
+from workbench.analysis.plots.scaling import (
+    plot_efficiency,
+    plot_forecast,
+    plot_step_parts,
+    plot_throughput,
+    plot_time_to_train,
+)
+from workbench.analysis.plots.sweep import plot_sweep
 from workbench.analysis.plots.training import plot_history
 from workbench.analysis.plots.walls import plot_heat_maps, plot_radiographs
 
@@ -39,6 +46,7 @@ __all__ = [
     "plot_cooccurrence",
     "plot_demographics",
     "plot_efficiency",
+    "plot_forecast",
     "plot_heat_maps",
     "plot_history",
     "plot_images_per_patient",
@@ -49,7 +57,9 @@ __all__ = [
     "plot_radiographs",
     "plot_roc",
     "plot_split_shift",
+    "plot_step_parts",
     "plot_subgroups",
+    "plot_sweep",
     "plot_throughput",
     "plot_time_to_train",
 ]

@@ -1,0 +1,128 @@
+"""The live view: what each rank measures of itself, the file that others follow, and how a view of it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from workbench import Interrupted, WorkbenchError, runs
+from workbench.training import progress
+
+RANK = {"images_per_second": 10.0, "input_wait_share": 0.01, "exchange_share": 0.2, "memory": 1 << 30}
+ROW = {"epoch": 1, "loss": 0.3, "val_loss": 0.4, "val_auroc": float("nan"), "learning_rate": 1e-3, "seconds": 20.0}
+ROW |= {"images_per_second": 9.0, "input_wait_share": 0.01, "best": 1}
+STATE = {"phase": "training", "epoch": 2, "epochs": 4, "step": 5, "steps": 10, "loss": 0.2, "learning_rate": 1e-3}
+STATE |= {"images_per_second": 12.0, "input_wait_share": 0.0, "epoch_seconds": 10.0, "history": [ROW]}
+STATE |= {"ranks": [RANK, RANK | {"images_per_second": 8.0}]}
+
+WATCHING = """
+import sys, time
+from workbench.training import progress
+with progress.watch(sys.argv[1]) as watching:
+    watching({state})
+    progress.WRITTEN = 0
+    watching({state})
+    print("written", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_the_slowest_rank_is_marked_once_all_have_measured():
+    assert progress.find_slowest(STATE["ranks"]) == 1
+    assert progress.find_slowest([RANK, {"memory": 1}]) is None
+    assert progress.find_slowest([RANK]) is None
+    assert progress.rank_lines(STATE["ranks"])[1].endswith(
+        "8.0 images/s by itself, waits 1% for input, 20% in the exchange, 1.00 GiB, the slowest"
+    )
+    assert "<b>1 ◀ slowest</b>" in progress.rank_table(STATE["ranks"])
+
+
+def test_time_left_counts_this_epoch_and_those_after_it():
+    assert progress.time_left(STATE) == "about 10 s of this epoch and 50 s of training left"
+    first = STATE | {"history": [], "epoch": 1}
+    assert progress.time_left(first) == "about 10 s of this epoch and 1 min 10 s of training left"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "finished"), (Interrupted("Stopped."), "interrupted"), (ValueError("bad"), "failed")]
+)
+def test_how_it_ended_is_in_the_file(new_run, error, status, capsys):
+    folder = new_run()
+    try:
+        with progress.watch(folder) as watching:
+            watching(STATE)
+            assert progress.read(folder)["status"] == "running"
+            if error:
+                raise error
+    except (Interrupted, ValueError):
+        pass
+    told = progress.read(folder)
+    assert (told["status"], told["said"]) == (status, str(error or ""))
+    assert told["progress"]["history"] == [ROW | {"val_auroc": None}]
+    assert told["losses"] == [[1.5, 0.2]]
+    capsys.readouterr()
+    progress.follow(folder)
+    said = capsys.readouterr().out
+    assert said.startswith("epoch  1/4  loss 0.3000  val loss 0.4000  val AUROC undefined")
+    assert said.splitlines()[-1] == progress.end_line(told)
+
+
+def test_another_process_follows_it_and_says_that_it_was_broken_off(new_run, tmp_path):
+    """What the lock says when the process that held it is killed."""
+    folder = new_run()
+    script = WATCHING.replace("{state}", repr(STATE).replace("nan", "float('nan')"))
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = os.environ | {"WORKBENCH_ROOT": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", script, str(folder)], **streams) as owner:
+        while owner.stdout.readline() != "written\n":
+            pass
+        assert progress.read(folder)["status"] == "running"
+        command = [sys.executable, "-m", "workbench", "watch"]
+        with subprocess.Popen(command, **streams, env=environment) as watcher:
+            assert watcher.stdout.readline() == f"{folder}\n"
+            assert watcher.stdout.readline().startswith("epoch  1/4")
+            owner.send_signal(signal.SIGKILL)
+            said, _ = watcher.communicate(timeout=60)
+            assert watcher.returncode == 1
+    assert said == ("The training was broken off after 1 complete epochs: go on with `workbench run --resume trial`.\n")
+    assert progress.read(folder)["status"] == "broken off"
+
+
+def test_a_file_that_is_no_progress_is_a_sentence(new_run):
+    folder = new_run()
+    with pytest.raises(WorkbenchError, match="its training has not begun"):
+        progress.read(folder)
+    for text in ("{", "[]", json.dumps({"run": "x"})):
+        (folder / runs.PROGRESS).write_text(text)
+        with pytest.raises(WorkbenchError, match="cannot be read"):
+            progress.read(folder)
+
+
+def test_the_loss_within_epochs_is_thinned(new_run):
+    folder = new_run()
+    with progress.watch(folder) as watching:
+        for step in range(1, 1001):
+            watching(STATE | {"step": step, "steps": 1000})
+    losses = progress.read(folder)["losses"]
+    assert 50 < len(losses) <= progress.POINTS + 1
+    assert losses[0][0] < 1.01
+    assert losses[-1][0] == pytest.approx(2, abs=0.02)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("slow", [0, 1])
+def test_the_rank_that_is_slowed_is_the_one_that_is_marked(ranks, tiny_config, new_run, slow):
+    """Its steps a second are those of the other, so only the time that is its own can tell."""
+    seen, config = [], replace(tiny_config, batch_size=1, epochs=1)
+    ranks(2).run("rank_functions.train_slowed", slow, config, new_run(), watch=seen.append)
+    told = [state["ranks"] for state in seen if all("exchange_share" in rank for rank in state["ranks"])]
+    assert told, "the training was over before the ranks had measured anything"
+    assert all(rank["memory"] > 1 << 20 for ranks in told for rank in ranks)
+    marked = [progress.find_slowest(ranks) for ranks in told]
+    assert marked.count(slow) > 0.7 * len(marked), told
+    mean = [sum(ranks[rank]["exchange_share"] for ranks in told) / len(told) for rank in (0, 1)]
+    assert mean[1 - slow] > mean[slow], "the other one waits for it"
