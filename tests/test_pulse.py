@@ -16,9 +16,9 @@ from workbench.training import pulse
 LIMIT = 30.0
 
 
-def sign(number, beats, *, cpu=0.0, patience=1, doing="step 3", exchanging=False):
+def sign(number, beats, *, cpu=0.0, load=1.0, patience=1, doing="step 3", exchanging=False):
     said = {"number": number, "beats": beats, "doing": doing, "patience": patience, "exchanging": exchanging}
-    return said | {"at": "trainer.py:1, f", "cpu": cpu}
+    return said | {"at": "trainer.py:1, f", "cpu": cpu, "load": load}
 
 
 def watch_of(*lives, seconds=100):
@@ -148,6 +148,13 @@ def test_a_process_ends_with_its_parent():
     parent.stdout.close()
     _, alive = psutil.wait_procs([child], timeout=10)
     assert not alive
+
+
+def test_a_rank_that_gets_a_small_share_of_a_busy_host_computes():
+    starved = lambda now: sign(now + 1, 3, cpu=0.05 * now, load=7.0)  # noqa: E731
+    assert watch_of(starved, starved) is None
+    alone = lambda now: sign(now + 1, 3, cpu=0.05 * now)  # noqa: E731
+    assert watch_of(alone, alone) is not None
 
 
 def test_threads_that_only_look_around_do_not_count_as_computing():

@@ -30,10 +30,10 @@ from workbench import Interrupted
 
 PACKAGE = str(Path(__file__).parents[1])
 EVERY = 1.0  # seconds between two signs
-BUSY = 0.15  # cores, in user mode, from which on a rank computes, however slowly
+BUSY = 0.15  # cores, in user mode, from which on a rank computes, however slowly; less where others want them too
 PATIENCE = 10  # times the limit, for a rank that computes, or that said it would take long
 STARTING = {"number": 0, "beats": 0, "doing": "starting", "patience": PATIENCE, "exchanging": False, "measured": {}}
-UNHEARD = STARTING | {"at": "before its first sign", "cpu": 0.0}
+UNHEARD = STARTING | {"at": "before its first sign", "cpu": 0.0, "load": 1.0}
 
 _state, _asked_to_stop = dict(STARTING), False
 _uncounted: set[str] = set()  # ids of threads
@@ -89,8 +89,8 @@ def told(publish: Callable[[dict], None]) -> Iterator[None]:
     """Publish a sign at once and every second until the block ends.
 
     A sign has `number` (of the sign), `beats` (so far), `doing`, `patience`, `at` (file, line and function of this
-    package that the calling thread is in), `cpu` (user seconds, without `uncounted` threads) and `measured`: what
-    `measure` was given, and `memory`, the bytes that this process holds of the host's. While the block runs, SIGINT
+    package that the calling thread is in), `cpu` (user seconds, without `uncounted` threads), `load` (how many
+    want each core of the host, 1 or more) and `measured`: what `measure` was given, and `memory`, the bytes that this process holds of the host's. While the block runs, SIGINT
     asks this rank to stop at its next beat.
     """
     global _asked_to_stop
@@ -103,7 +103,7 @@ def told(publish: Callable[[dict], None]) -> Iterator[None]:
         while True:
             _state["number"] += 1
             measured = _state["measured"] | {"memory": psutil.Process().memory_info().rss}
-            publish(_state | {"at": _place(here), "cpu": _computed(), "measured": measured})
+            publish(_state | {"at": _place(here), "cpu": _computed(), "load": _load(), "measured": measured})
             if ended.wait(EVERY):
                 return
 
@@ -130,6 +130,10 @@ def _computed() -> float:
     return os.times().user - without
 
 
+def _load() -> float:
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def _ask_to_stop(_number, _frame) -> None:
     global _asked_to_stop
     _asked_to_stop = True
@@ -148,7 +152,7 @@ class _Heard:
         return now - self.moved
 
     def busy(self, now: float) -> bool:
-        return self.sign["cpu"] - self.cpu > BUSY * self.still(now)
+        return self.sign["cpu"] - self.cpu > BUSY * self.still(now) / self.sign["load"]
 
     def told(self) -> str:
         return f"{self.sign['doing']} ({self.sign['at']})"
