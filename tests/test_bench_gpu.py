@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "benchmarks" / "gpu.py"
-sys.path.insert(0, str(SCRIPT.parent))
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import gpu
+
+SCRIPT = Path(gpu.__file__)
 
 
 def test_ratios_are_taken_round_by_round_and_what_is_missing_is_said():
