@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -57,6 +58,8 @@ def main(arguments: list[str]) -> int:
         f"{asked.rounds} rounds of {asked.steps} steps",
         flush=True,
     )
+    # Whoever ends this process ends the sides with it, which stand still between their turns.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     commands, missing = _plan(asked, precision)
     parties, answers = {}, {}
     try:

@@ -89,9 +89,9 @@ def told(publish: Callable[[dict], None]) -> Iterator[None]:
     """Publish a sign at once and every second until the block ends.
 
     A sign has `number` (of the sign), `beats` (so far), `doing`, `patience`, `at` (file, line and function of this
-    package that the calling thread is in), `cpu` (user seconds, without `uncounted` threads), `load` (how many
-    want each core of the host, 1 or more) and `measured`: what `measure` was given, and `memory`, the bytes that this process holds of the host's. While the block runs, SIGINT
-    asks this rank to stop at its next beat.
+    package that the calling thread is in), `cpu` (user seconds, without `uncounted` threads), `load` (how many want
+    each core of the host, 1 or more) and `measured`: what `measure` was given, and `memory`, the bytes that this
+    process holds of the host's. While the block runs, SIGINT asks this rank to stop at its next beat.
     """
     global _asked_to_stop
     ended, here = threading.Event(), threading.get_ident()
