@@ -51,8 +51,10 @@ def main(run: str = "", place: str | Path = DOCS / "_build") -> int:
     place = Path(place)
     shutil.rmtree(place, ignore_errors=True)
     source = place / "source"
-    pages = [path for path in DOCS.iterdir() if path.suffix in (".md", ".py") and path.name != "build.py"]
+    pages = [*sorted(DOCS.glob("*.md")), DOCS / "conf.py"]
     (source / "notebooks").mkdir(parents=True)
+    (source / "static").mkdir()
+    shutil.copy(DOCS / "site.css", source / "static")
     for name, here in ELSEWHERE.items():
         shutil.copy(DOCS / name, source / here)
     for page in pages:

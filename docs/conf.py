@@ -10,6 +10,7 @@ from workbench import __version__
 project, author, version = "Workbench", "", __version__
 html_title = f"Workbench {version}"
 html_theme = "furo"
+html_static_path, html_css_files = ["static"], ["site.css"]
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 # Notebooks were executed before; nothing is fetched when a page is read.

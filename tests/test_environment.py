@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 GPU_BUILD = tomllib.loads((ROOT / "uv-gpu.toml").read_text())
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
-LOCKS = ("requirements-cpu.txt", "requirements-gpu.txt", "requirements-uv.txt")
+LOCKS = ("requirements-cpu.txt", "requirements-docs.txt", "requirements-gpu.txt", "requirements-uv.txt")
 MODULES = sorted((ROOT / "workbench").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Horovod is compiled against the GPU packages when they stand in place, so their lock leaves it out.
@@ -80,6 +80,13 @@ def test_cpu_and_gpu_locks_differ_in_tensorflow_alone():
     assert {package for package in cpu if cpu[package] != gpu.get(package)} == {"tensorflow-cpu"} | BUILT_LAST
     assert {package for package in gpu.keys() - cpu.keys() if not package.startswith("nvidia-")} == {"tensorflow"}
     assert gpu["tensorflow"] == cpu["tensorflow-cpu"]
+
+
+def test_what_builds_the_site_stands_on_the_environment():
+    docs, cpu = read_lock("requirements-docs.txt"), read_lock("requirements-cpu.txt")
+    for requirement in map(Requirement, PROJECT["dependency-groups"]["docs"]):
+        assert requirement.specifier.contains(docs[canonicalize_name(requirement.name)]), "run `make lock`"
+    assert {name for name in docs.keys() & cpu.keys() if docs[name] != cpu[name]} == set(), "run `make lock`"
 
 
 def test_horovod_is_built_against_the_locked_packages():

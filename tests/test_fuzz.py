@@ -402,6 +402,29 @@ def test_a_broken_table_is_told_in_a_sentence(raw, place, data):
         _verified("NIH's table", folder)
 
 
+@cases(40)
+@given(data=st.data())
+def test_a_broken_table_of_one_s_own_is_told_in_a_sentence(raw, place, data):
+    own = b"image,patient,age,sex,view,split,Edema,Mass\n" + b"".join(
+        f"{path.name},P{number // 3},{40 + number},F,PA,{side},{number % 2},0\n".encode()
+        for number, (path, side) in enumerate(zip(sorted(raw[1].iterdir()), ["train", "val", "test"] * 3, strict=False))
+    )
+    own = data.draw(st.one_of(broken_table(own), broken_bytes(own)))
+    split = data.draw(st.sampled_from(["table", "random"]))
+    with place({"ours.csv": own}) as folder:
+        frame = ends_well(
+            "a table of one's own",
+            folder,
+            lambda: chestxray14.read_dataset(
+                folder, table="ours.csv", images_folder=raw[1], split=split, missing="skip", test_fraction=0.4
+            ),
+            named=["ours.csv", "on the disk", "stand in", "leave none"],
+        )
+        if frame is not None:
+            _sound_frame(frame.assign(age=frame["age"].fillna(0)))
+            assert frame[chestxray14.findings_of(frame)].isin([0, 1]).all(axis=None)
+
+
 @cases(20)
 @given(data=st.data())
 def test_a_broken_list_is_told_in_a_sentence(raw, place, data):

@@ -140,7 +140,7 @@ def test_options_that_do_not_fit_the_table_are_refused(ours, options, said):
         chestxray14.read_dataset(ours, **{"table": "ours.csv", "split": "random"} | options)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b'image,patient,"', b"\x00" * 50])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b'image,patient,"', b"\x00" * 50, b"image,patient\na,1,0\n"])
 def test_bytes_that_are_no_table_are_refused(ours, content):
     (ours / "ours.csv").write_bytes(content)
     with pytest.raises(WorkbenchError):

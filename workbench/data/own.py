@@ -50,6 +50,8 @@ def read_table(path: str | Path, *, findings: Sequence[str] | None = None) -> tu
     path = Path(path)
     try:
         raw = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        if not isinstance(raw.index, pd.RangeIndex):  # pandas would take the first columns for names of the rows
+            raise ValueError("its rows have more fields than the header has names")
     except FileNotFoundError:
         raise WorkbenchError(f"There is no table `{path}`: name a CSV file inside data_folder in `table`.") from None
     except (ValueError, OSError) as error:
