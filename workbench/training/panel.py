@@ -86,7 +86,8 @@ def draw_curves(told: dict) -> bytes:
 
 
 def _share_of_epoch(state: dict) -> float:
-    return state["step"] / state["steps"] if state.get("phase") == "training" else 0.0
+    # A finished epoch is in the history.
+    return state["step"] / state["steps"] if len(state["history"]) < state.get("epoch", 0) and "step" in state else 0.0
 
 
 def _kept(head: str, png: bytes, ranks: str, epochs: str) -> str:
