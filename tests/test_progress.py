@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from workbench import Interrupted, WorkbenchError, runs
-from workbench.training import progress
+from workbench.training import panel, progress
 
 RANK = {"images_per_second": 10.0, "input_wait_share": 0.01, "exchange_share": 0.2, "memory": 1 << 30}
 ROW = {"epoch": 1, "loss": 0.3, "val_loss": 0.4, "val_auroc": float("nan"), "learning_rate": 1e-3, "seconds": 20.0}
@@ -21,7 +21,7 @@ STATE |= {"ranks": [RANK, RANK | {"images_per_second": 8.0}]}
 
 WATCHING = """
 import sys, time
-from workbench.training import progress
+from workbench.training import panel, progress
 with progress.watch(sys.argv[1]) as watching:
     watching({state})
     progress.WRITTEN = 0
@@ -126,3 +126,9 @@ def test_the_rank_that_is_slowed_is_the_one_that_is_marked(ranks, tiny_config, n
     assert marked.count(slow) > 0.7 * len(marked), told
     mean = [sum(ranks[rank]["exchange_share"] for ranks in told) / len(told) for rank in (0, 1)]
     assert mean[1 - slow] > mean[slow], "the other one waits for it"
+
+
+def test_curves_are_drawn_from_the_first_step_on_even_where_figures_are_undefined():
+    one = {"progress": STATE | {"history": []}, "losses": [(0.1, 0.7)]}
+    more = {"progress": STATE, "losses": [(0.1, 0.7), (1.0, None), (1.5, 0.2)]}
+    assert all(panel.draw_curves(told).startswith(b"\x89PNG") for told in (one, more))

@@ -65,7 +65,8 @@ def draw_curves(told: dict) -> bytes:
     figure = Figure(figsize=(8.6, 2.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, auroc = figure.subplots(1, 2)
-    loss.plot(*zip(*told["losses"], strict=True), color="#0072B2", linewidth=1.2, label="training")
+    few = "." if len(told["losses"]) < 3 else ""  # a line of one point is not seen
+    loss.plot(*zip(*told["losses"], strict=True), color="#0072B2", linewidth=1.2, marker=few, label="training")
     ends = [row["epoch"] for row in history]
     if history:
         loss.plot(ends, [row["val_loss"] for row in history], "o-", color="#D55E00", markersize=4, label="validation")
@@ -76,7 +77,7 @@ def draw_curves(told: dict) -> bytes:
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("epoch", fontsize=9)
         axes.tick_params(labelsize=8)
-        axes.set_xlim(0, max(told["losses"][-1][0], *ends, 0.01) if ends else max(told["losses"][-1][0], 0.01))
+        axes.set_xlim(0, 1.03 * max(told["losses"][-1][0], *ends, 0.01))
         axes.xaxis.set_major_locator(MaxNLocator(integer=bool(ends)))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
@@ -86,7 +87,8 @@ def draw_curves(told: dict) -> bytes:
 
 
 def _share_of_epoch(state: dict) -> float:
-    return state["step"] / state["steps"] if state.get("phase") == "training" else 0.0
+    # A finished epoch is in the history.
+    return state["step"] / state["steps"] if len(state["history"]) < state.get("epoch", 0) and "step" in state else 0.0
 
 
 def _kept(head: str, png: bytes, ranks: str, epochs: str) -> str:

@@ -69,7 +69,7 @@ def watch(folder: str | os.PathLike, *, show: View | None = None) -> Iterator[Ca
 
     def take(progress: dict) -> None:
         told["progress"] = progress
-        if progress.get("phase") == "training":
+        if "step" in progress:
             at = progress["epoch"] - 1 + progress["step"] / progress["steps"]
             if not told["losses"] or at > told["losses"][-1][0]:
                 told["losses"].append((at, progress["loss"]))
@@ -203,7 +203,7 @@ def end_line(told: dict) -> str:
 
 def time_left(progress: dict) -> str:
     """How long the epoch and the training will still take, as far as that is known."""
-    if progress.get("phase") != "training":
+    if "step" not in progress:
         return "time left not known"
     each = progress["epoch_seconds"] / progress["step"]
     epoch, after = each * (progress["steps"] - progress["step"]), progress["epochs"] - progress["epoch"]
@@ -216,7 +216,7 @@ def step_line(progress: dict) -> str:
     """Where training is, with its loss and pace."""
     return (
         f"epoch {progress['epoch']}/{progress['epochs']}, step {progress['step']}/{progress['steps']}, "
-        f"loss {progress['loss']:.4f}, rate {progress['learning_rate']:.1e}, "
+        f"loss {_number(progress['loss'])}, rate {progress['learning_rate']:.1e}, "
         f"{progress['images_per_second']:.1f} images/s in all, {progress['input_wait_share']:.0%} waiting for input"
     )
 
@@ -273,7 +273,7 @@ def summary(told: dict) -> str:
     parts = [f"<b>{html.escape(progress.get('phase') or 'starting')}</b>", f"{duration(told['seconds'])} so far"]
     if told["status"] != "running":
         parts = [f"<b>{html.escape(end_line(told))}</b>", f"{duration(told['seconds'])} in all"]
-    elif progress.get("phase") == "training":
+    elif "step" in progress:
         parts += [step_line(progress), time_left(progress)]
     return f"<div style='line-height:1.5'>{html.escape(told['run'])}: {' · '.join(parts)}</div>"
 

@@ -423,9 +423,10 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
             # A step late, so that a GPU is never made to wait for Python to look at its loss.
             if step:
                 _check_finite(losses[step - 1], epoch, step - 1, world.rank)
-        if time.perf_counter() - told > 1:
+        done = step + 1
+        # At an epoch's end as well, since some are shorter than a second.
+        if time.perf_counter() - told > 1 or done == steps:
             told = time.perf_counter()
-            done = step + 1
             pace = _measure_pace(pace, _Pace(told, *distributed.exchange_seconds(), waited, done), config.batch_size)
             tell(
                 {
