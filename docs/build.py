@@ -88,6 +88,8 @@ def work(project: Path, *arguments: str) -> None:
 
 def copy_notebooks(project: Path, folder: Path, place: Path) -> None:
     """The executed notebooks of a run, and notebook 06 on its model, without what a run alone is interested in."""
+    if not (folder / "run.json").exists():
+        raise SystemExit(f"There is no run in {folder}: name one that `workbench runs` lists, or none.")
     record = json.loads((folder / "run.json").read_text())
     if record["recipe"] != "synthetic":
         raise SystemExit(

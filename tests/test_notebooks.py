@@ -271,6 +271,7 @@ def test_the_report_is_one_page_of_all_five(finished):
 
 
 @pytest.mark.skipif(not (ROOT / ".docs" / ".ready").exists(), reason="no builder of the site: `make .docs/.ready`")
+@pytest.mark.timeout(1200)
 def test_the_site_is_built_of_the_run_without_a_warning(finished, project, tmp_path):
     command = [ROOT / ".docs" / "bin" / "python", ROOT / "docs" / "build.py", "quick", tmp_path / "site"]
     place = os.environ | {"WORKBENCH_ROOT": str(project)}

@@ -221,6 +221,16 @@ def test_ctrl_c_ends_what_runs_and_says_how_to_go_on(root):
     assert not (root / "results" / "s-seed-1").exists()
 
 
+@pytest.mark.notebooks
+def test_a_killed_sweep_takes_its_points_with_it(root):
+    with start(root, "mine", "--grid", "seed=0", "--name", "s", "--set", "wait=300") as running:
+        wait_for(lambda: is_training(root, "s-seed-0"))
+        family = psutil.Process(running.pid).children(recursive=True)
+        running.kill()
+    assert len(family) >= 2
+    assert living(family) == []
+
+
 def test_a_sweep_is_carried_on_by_one_process_only(root, capsys):
     (root / "results" / "sweeps").mkdir()
     with held(root / "results" / "sweeps" / ".s.lock", "the test"):
