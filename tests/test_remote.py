@@ -181,11 +181,16 @@ class TestHosts:
 @pytest.mark.mpi
 @pytest.mark.slurm
 class TestSlurm:
-    def test_a_job_trains_the_network_that_this_host_does(self, job, here, slurm_rig, tiny_config, tmp_path, capsys):
+    def test_a_job_trains_the_network_that_this_host_does(
+        self, job, here, slurm_rig, tiny_config, tmp_path, capsys, monkeypatch
+    ):
+        (tmp_path / "work").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
         digest, _ = weights_after_training(replace(tiny_config, threads=1), tmp_path, site=job())
         assert digest == here
         said = capsys.readouterr().out
         assert said.index("#SBATCH --ntasks=2") < said.index("is running on n[1-2]")
+        assert not list((tmp_path / "work").iterdir())
         assert not slurm_rig.call("squeue", "-h")
 
     def test_what_slurm_does_not_take_is_said_at_once(self, job, slurm_rig, capfd):

@@ -540,7 +540,7 @@ def _launch_in_job(config: Config, site: Site, folder: str, workers: int, thread
     launcher.delete_command = slurm.quietly("scancel", Path(os.devnull))
     launcher.environment = variables
     launcher.output_file = str(log)
-    launcher.work_dir = folder
+    launcher.batch_file_name = str(Path(folder, "job.sh"))
 
 
 def _over_the_network(site: Site, threads: int, variables: dict) -> tuple[dict[str, str], list[str]]:
