@@ -13,7 +13,7 @@ import psutil
 import pytest
 from rigs import hosts as ssh_hosts
 
-from workbench import WorkbenchError, runs
+from workbench import WorkbenchError, rollcall, runs
 from workbench.training import cluster, postmortem, sites
 
 LIMIT = 10.0  # seconds of silence
@@ -119,6 +119,17 @@ class TestHosts:
             told = ranks.run("rank_functions.world")
         assert {rank["threads"] for rank in told} == {max(1, len(os.sched_getaffinity(0)) // 2)}
         wait_until(lambda: not of_hosts(ssh_rig), 10, lambda: of_hosts(ssh_rig))
+
+    def test_the_doctor_calls_the_roll(self, two_hosts, capsys):
+        assert rollcall.main(two_hosts(hosts={"node1": 1, "node2": 1})) == 0
+        said = capsys.readouterr().out
+        for line in (
+            "Workers +2 came within",
+            "node1 +ranks of .*: 1; .* GB",
+            "All-reduce +2 ranks: .* ms",
+            "can run on pair",
+        ):
+            assert re.search(line, said), said
 
     def test_what_is_wrong_with_a_host_is_said_at_once(self, two_hosts, ssh_rig, tmp_path):
         # The rig's own key is in its configuration: with another one in its place nobody is let in.

@@ -190,6 +190,15 @@ def _predict(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from workbench import runs
 
+    if options.cluster:
+        if options.recipe or options.set or not options.timing:
+            raise WorkbenchError(
+                "--cluster looks at a cluster, and takes no recipe: `workbench doctor --cluster gpu`, say."
+            )
+        from workbench import rollcall
+        from workbench.training import sites
+
+        return rollcall.main(sites.read_site(runs.project_root(), options.cluster))
     if not options.recipe:
         if options.set or not options.timing:
             raise WorkbenchError("--set and --no-timing belong to a recipe: `workbench doctor synthetic`, say.")
@@ -346,6 +355,9 @@ def _parser() -> argparse.ArgumentParser:
         dest="timing",
         action="store_false",
         help="train no steps, which takes about a minute; the time is then an earlier run's, if there is one",
+    )
+    doctor.add_argument(
+        "--cluster", default="", metavar="NAME", help="start the workers of that cluster, and say what they have"
     )
     doctor.set_defaults(call=_doctor)
 

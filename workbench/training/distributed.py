@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -258,3 +259,28 @@ def average_batch_statistics(model: keras.Model) -> None:
     sizes = [int(np.prod(v.shape)) for v in statistics]
     for variable, part in zip(statistics, tf.split(flat, sizes), strict=True):
         variable.assign(tf.reshape(part, variable.shape))
+
+
+def measure_exchange(numbers: int = 7_000_000, times: int = 10) -> dict:
+    """Time an all-reduce of one number and one of many; their default is DenseNet-121's gradient.
+
+    Returns:
+        On every rank: rank, threads, sum (of every rank's number plus one), latency (median seconds for one number) and
+        bandwidth (bytes of float32 a second for many); these are nan with one rank alone.
+    """
+    world = start()
+    told = {"rank": world.rank, "threads": world.threads, "sum": 1.0, "latency": np.nan, "bandwidth": np.nan}
+    if _hvd is None:
+        return told
+
+    def seconds(size: int) -> float:
+        took, values = [], tf.fill([size], world.rank + 1.0)
+        for _ in range(times):
+            began = time.perf_counter()
+            with exchange():
+                total = _hvd.allreduce(values, op=_hvd.Sum, name=f"measured.{size}")
+            took.append(time.perf_counter() - began)
+        told["sum"] = float(total[0])
+        return float(np.median(took[2:]))
+
+    return told | {"latency": seconds(1), "bandwidth": 4 * numbers / seconds(numbers), "sum": told["sum"]}
