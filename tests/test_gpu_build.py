@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from workbench import doctor
+from workbench import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".venv-gpu" / "bin" / "python"
@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def run(*command, **settings) -> str:
-    surroundings = os.environ | doctor.MPI_ENVIRONMENT | settings
+    surroundings = os.environ | machine.MPI_ENVIRONMENT | settings
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=surroundings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
