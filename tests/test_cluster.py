@@ -71,14 +71,13 @@ def test_more_workers_than_cores_are_refused_at_once():
 
 
 def test_a_cluster_that_cannot_start_says_what_mpiexec_said(monkeypatch):
-    launch_config = cluster._launch_config
+    launch_here = cluster._LAUNCHING["local"]
 
-    def impossible(*settings):
-        config = launch_config(*settings)
+    def impossible(config, *settings):
+        launch_here(config, *settings)
         config.MPIEngineSetLauncher.mpi_args = ["--map-by", "slot:PE=4096", "--bind-to", "core"]
-        return config
 
-    monkeypatch.setattr(cluster, "_launch_config", impossible)
+    monkeypatch.setitem(cluster._LAUNCHING, "local", impossible)
     said = r"The 2 workers did not start \(.*failed to map.*\): run `workbench doctor`"
     with pytest.raises(WorkbenchError, match=said), start_two():
         pass
