@@ -132,3 +132,15 @@ def test_curves_are_drawn_from_the_first_step_on_even_where_figures_are_undefine
     one = {"progress": STATE | {"history": []}, "losses": [(0.1, 0.7)]}
     more = {"progress": STATE, "losses": [(0.1, 0.7), (1.0, None), (1.5, 0.2)]}
     assert all(panel.draw_curves(told).startswith(b"\x89PNG") for told in (one, more))
+
+
+def test_a_table_of_many_epochs_keeps_the_last_and_the_best():
+    row = {"loss": 0.5, "val_loss": 0.4, "val_auroc": 0.7, "learning_rate": 1e-3, "images_per_second": 9.0}
+    row |= {"input_wait_share": 0.1, "seconds": 3.0}
+    history = [row | {"epoch": epoch, "best": int(epoch == 7)} for epoch in range(1, 101)]
+    table = progress.epoch_table(history)
+    assert ">7 ★<" in table
+    assert ">100<" in table
+    assert ">81<" in table
+    assert ">80<" not in table
+    assert "79 more epochs are in history.csv" in table

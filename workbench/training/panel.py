@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from workbench.training import progress
 
 SHARE = 0.03  # of the client's time that drawing curves may take: the ranks need the cores
+EVERY = 1.0  # seconds between two updates, whatever the pace of the news: a page has to draw each of them
 
 
 def panel(stop: Callable[[], None] | None = None) -> Callable[[dict], None]:
@@ -38,10 +39,13 @@ def panel(stop: Callable[[], None] | None = None) -> Callable[[dict], None]:
     inside = [head, overall, epoch, curves, tabs]
     handle = display(widgets.VBox([*inside, button] if stop else inside), display_id=True)
     head.value = "starting the workers …"
-    drawn = {"at": 0.0, "took": 0.0, "of": None, "png": b""}
+    drawn, shown = {"at": 0.0, "took": 0.0, "of": None, "png": b""}, {"at": -EVERY}
 
     def show(told: dict) -> None:
         state, ended = told["progress"], told["status"] != "running"
+        if not ended and time.monotonic() - shown["at"] < EVERY:
+            return
+        shown["at"] = time.monotonic()
         done, share = len(state["history"]), _share_of_epoch(state)
         head.value, ranks.value = progress.summary(told), progress.rank_table(state.get("ranks", []))
         epochs.value = progress.epoch_table(state["history"])

@@ -26,6 +26,7 @@ from workbench.runs import PROGRESS, PROGRESS_LOCK, now
 
 PLAIN = "WORKBENCH_PLAIN_PROGRESS"  # set by batch runs, whose notebooks nobody watches
 EVERY = 15  # seconds between two plain lines within an epoch
+SHOWN = 20  # epochs in the panel's table: it is sent to the page anew each second
 WRITTEN = 1.0  # seconds between two writings of progress.json
 POINTS = 200  # of the loss within epochs, at most; then every other one is left out
 ENDS = {"finished": "The training has ended", "interrupted": "It was stopped", "failed": "It failed"}
@@ -222,12 +223,12 @@ def step_line(progress: dict) -> str:
 
 
 def epoch_table(history: list[dict]) -> str:
-    """The finished epochs as an HTML table, the best one starred."""
+    """The last finished epochs as an HTML table, and the best one, starred."""
     if not history:
         return ""
     names = ("epoch", "loss", "val loss", "val AUROC", "rate", "images/s", "waiting for input", "s")
     best, rows = max((row["epoch"] for row in history if row["best"]), default=0), []
-    for row in history:
+    for row in [row for row in history[:-SHOWN] if row["epoch"] == best] + history[-SHOWN:]:
         cells = (
             f"{row['epoch']}{' ★' if row['epoch'] == best else ''}",
             _number(row["loss"]),
@@ -239,7 +240,8 @@ def epoch_table(history: list[dict]) -> str:
             f"{row['seconds']:.0f}",
         )
         rows.append(cells)
-    return _table(names, rows)
+    left_out = len(history) - len(rows)
+    return _table(names, rows) + (f"<i>{left_out} more epochs are in history.csv</i>" if left_out else "")
 
 
 def rank_table(ranks: list[dict]) -> str:
