@@ -98,7 +98,7 @@ def test_the_run_s_folder_holds_what_is_promised(finished):
     assert {path.stem for path in (folder / "notebooks").glob("*.ipynb")} == set(batch.STAGES)
     figures = {path.stem[:2] for path in (folder / "figures").glob("*.png")}
     assert figures == {"01", "02", "03", "04", "05"}
-    assert not list(folder.rglob("*part*"))
+    assert not list(folder.rglob(".*.part*"))
     record = runs.read_run(folder)
     assert (record["status"], record["world_size"]) == ("finished", 2)
     assert list(pd.read_csv(folder / "scaling.csv")["workers"]) == [1, 2]
