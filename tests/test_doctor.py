@@ -189,10 +189,12 @@ def test_partitions_of_a_real_slurm(monkeypatch):
         assert debug == machine.Partition("debug", True, True, "infinite", {"idle": 2}, slurm.CPUS, "")
         assert (short.name, short.default, short.limit) == ("short", False, "1:00")
         rig.drain("n1")
+        rig.wait_for("drained", "n1")
         check = doctor._slurm(machine.read_partitions())
         assert check.status == "ok"
         assert "debug (default): 1 drained, 1 idle, 2 cores, no limit; short: " in check.found
         rig.drain("n2")
+        rig.wait_for("drained", "n2")
         assert doctor._slurm(machine.read_partitions()).advice.startswith("no node takes jobs")
 
 
