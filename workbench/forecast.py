@@ -23,6 +23,10 @@ from workbench.plan import Plan
 TRIAL_SECONDS = 20.0  # that the timed steps may take
 
 
+# What a training takes seconds for only once: workers, network, and the compilation of two kinds of step.
+ONCE = ("start_seconds", "building_seconds", "first_step_seconds", "first_prediction_seconds")
+
+
 def try_recipe(plan: Plan, start: Callable[..., AbstractContextManager]) -> list[dict]:
     """Train and predict a few batches on the ranks that the recipe asks for; what each of them tells.
 
@@ -72,7 +76,7 @@ def rate_of(told: list[dict]) -> float:
 def predict_seconds(plan: Plan, told: list[dict]) -> float:
     """Seconds from the start of the workers to the predictions of the best epoch, from what `try_recipe` told."""
     rate = rate_of(told)
-    slowest = {name: max(one[name] for one in told) for name in told[0] if name.endswith("_seconds")}
+    slowest = {name: max(one[name] for one in told) for name in ONCE}
     predicting = [one["predicted_per_second"] for one in told]
     # Too few images to time a second batch of them: as slow as training, which it never is.
     predicting = rate if None in predicting else sum(predicting)

@@ -59,6 +59,7 @@ def count_network(name: str, *, findings: int, image_size: int, precision: str) 
     Raises:
         WorkbenchError: there is no such network or precision, or the radiographs are too small for it.
     """
+    precision = distributed.settle_precision(precision)
     model = network.build_network(name, findings=findings, image_size=image_size, weights=None, precision=precision)
     held = joined = 0
     for layer in model.layers:
@@ -123,7 +124,11 @@ def _time_predictions(config: TrainConfig, batches: int = 4) -> dict:
     world = distributed.start(config.threads)
     findings = shards.read_info(config.shard_folder)["findings"]
     model = network.build_network(
-        config.network, findings=len(findings), image_size=config.image_size, weights=None, precision=config.precision
+        config.network,
+        findings=len(findings),
+        image_size=config.image_size,
+        weights=None,
+        precision=distributed.settle_precision(config.precision),
     )
     predict, seconds = trainer.build_predict_step(model), []
     whole = pipeline.build_evaluation(
