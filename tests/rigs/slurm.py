@@ -158,8 +158,9 @@ def running() -> Iterator[Slurm]:
     Raises:
         TimeoutError: the nodes did not come up; says what the daemons logged.
     """
-    folder = Path(tempfile.mkdtemp(prefix="workbench-slurm-"))
-    folder.chmod(0o711)  # munged wants others to reach its socket
+    # munged wants everybody to reach its socket, which a temporary folder of one's own may not let them.
+    folder = Path(tempfile.mkdtemp(prefix="workbench-slurm-", dir="/tmp"))
+    folder.chmod(0o711)
     (folder / "state").mkdir()
     configuration = folder / "slurm.conf"
     host = socket.gethostname().split(".")[0]
