@@ -205,28 +205,6 @@ def test_training_is_watched_and_stopped(page, lab, project, shot):
     shot("03-stopped")
 
 
-def test_training_is_resumed_and_found_again_after_a_reload(page, lab, project, shot):
-    notebook, folder = project / "notebooks" / "03_train.ipynb", project / "results" / "seen"
-    done = len((folder / "history.csv").read_text().splitlines()) - 1
-    set_parameters(notebook, resume=True, background=True, epochs=done + 3000)
-    open_notebook(page, lab, "03_train")
-    run_all(page)
-    show(page, "going on after epoch")
-    page.locator(".widget-image").wait_for()
-    page.keyboard.press("Control+s")
-    page.reload()
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    before = show(page, "images/s in all").inner_text()
-    shot("03-reloaded")
-    changes = "text => ![...document.querySelectorAll('.jp-OutputArea-output')].some(one => one.innerText === text)"
-    page.wait_for_function(changes, arg=before)
-    page.get_by_role("button", name="Stop at the next step").click()
-    wait_until(page, lambda: not runs.is_written(folder), "the training was not stopped by the panel's button")
-    assert json.loads((folder / runs.PROGRESS).read_text())["status"] == "interrupted"
-    show(page, "It was stopped")
-    shot("03-stopped-by-the-panel")
-
-
 def test_the_resumed_training_ends_and_the_last_two_notebooks_show_their_charts(page, lab, project, shot):
     notebook, folder = project / "notebooks" / "03_train.ipynb", project / "results" / "seen"
     done = len((folder / "history.csv").read_text().splitlines()) - 1

@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.call(options) or 0
     except WorkbenchError as error:
+        sys.stdout.flush()  # where both go to one file, the sentence comes last
         print(f"workbench: {error}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 1
     except KeyboardInterrupt:

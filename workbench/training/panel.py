@@ -1,6 +1,7 @@
 """The live panel of a training in JupyterLab: bars, growing curves, the ranks, a button to stop.
 
-Widgets live in the kernel, so a page that is reloaded finds them again. When the training has ended the panel becomes
+Widgets live in the kernel, and a page that is reloaded while a cell runs is not answered by it: `progress.follow` shows
+the training in any other notebook. When the training has ended the panel becomes
 a picture and tables that are kept in the notebook's file, where widgets would be lost with the kernel.
 
     show = panel.panel(stop=workers.stop)
