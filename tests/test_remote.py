@@ -98,7 +98,7 @@ def killed_client(site_name, folder, ready):
     command = [sys.executable, "-c", code, str(folder), site_name]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as client:
         try:
-            wait_until(ready, 60, lambda: "the workers do not run")
+            wait_until(ready, 180, lambda: "the workers do not run")
         finally:
             client.send_signal(signal.SIGKILL)
 
@@ -118,7 +118,7 @@ class TestHosts:
             assert ranks.hosts == ["node1", "node1", "node2", "node2"]
             told = ranks.run("rank_functions.world")
         assert {rank["threads"] for rank in told} == {max(1, len(os.sched_getaffinity(0)) // 2)}
-        wait_until(lambda: not of_hosts(ssh_rig), 10, lambda: of_hosts(ssh_rig))
+        wait_until(lambda: not of_hosts(ssh_rig), 60, lambda: of_hosts(ssh_rig))
 
     def test_the_doctor_calls_the_roll(self, two_hosts, capsys):
         assert rollcall.main(two_hosts(hosts={"node1": 1, "node2": 1})) == 0
@@ -164,7 +164,7 @@ class TestHosts:
 
         sentence = broken(kill_one, 4, two_hosts())
         assert sentence.startswith("Rank 3 on node2 died: it was ended by signal 9")
-        wait_until(lambda: not of_hosts(ssh_rig), 10, lambda: of_hosts(ssh_rig))
+        wait_until(lambda: not of_hosts(ssh_rig), 60, lambda: of_hosts(ssh_rig))
 
     def test_a_host_that_is_switched_off_is_named(self, two_hosts, ssh_rig):
         try:
@@ -172,7 +172,7 @@ class TestHosts:
         finally:
             ssh_rig.start("node2")
         assert sentence.startswith("Host node2 was lost")
-        wait_until(lambda: not of_hosts(ssh_rig), 10, lambda: of_hosts(ssh_rig))
+        wait_until(lambda: not of_hosts(ssh_rig), 60, lambda: of_hosts(ssh_rig))
 
     def test_a_host_that_is_cut_off_is_named_and_ends_its_ranks_by_itself(self, two_hosts, ssh_rig):
         try:
@@ -186,7 +186,7 @@ class TestHosts:
         two_hosts()
         (tmp_path / sites.FILE).write_text("pair: {kind: hosts, hosts: {node1: 1, node2: 1}}")
         killed_client("pair", tmp_path, lambda: sum("engine --mpi" in line for line in of_hosts(ssh_rig)) > 1)
-        wait_until(lambda: not of_hosts(ssh_rig), 20, lambda: of_hosts(ssh_rig))
+        wait_until(lambda: not of_hosts(ssh_rig), 60, lambda: of_hosts(ssh_rig))
 
 
 @pytest.mark.mpi
@@ -253,5 +253,5 @@ class TestSlurm:
         text = f"batch: {{kind: slurm, nodes: 2, address: 127.0.0.1, folder: {tmp_path}}}"
         (tmp_path / sites.FILE).write_text(text)
         killed_client("batch", tmp_path, lambda: " R " in slurm_rig.call("squeue", "-h"))
-        wait_until(lambda: not slurm_rig.call("squeue", "-h"), 30, lambda: slurm_rig.call("squeue"))
-        wait_until(lambda: not list(tmp_path.glob("workbench-*")), 30, lambda: list(tmp_path.glob("*")))
+        wait_until(lambda: not slurm_rig.call("squeue", "-h"), 60, lambda: slurm_rig.call("squeue"))
+        wait_until(lambda: not list(tmp_path.glob("workbench-*")), 60, lambda: list(tmp_path.glob("*")))
