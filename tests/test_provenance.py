@@ -434,7 +434,8 @@ def test_a_changed_notebook_is_told_with_how_to_have_the_old_one_back(project):
 def test_a_run_by_hand_is_repeated_from_its_training_on(project):
     record = runs.read_run(project / "results" / "first")
     names = [field.name for field in fields(TrainConfig)]
-    record["parameters"] = {name: record["parameters"][name] for name in [*names, "workers", "hang_limit"]}
+    names += ["cluster_name", "workers", "hang_limit", "background"]
+    record["parameters"] = {name: record["parameters"][name] for name in names}
     runs.write_json(project / "results" / "first" / "run.json", record | {"stages": {}})
     assert rerun.plan_rerun(project, "first").stages == ["03_train"]
     assert rerun.plan_rerun(project, "first").differences == []
