@@ -134,6 +134,8 @@ def open_notebook(page, lab, name: str) -> None:
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     # Before there is a kernel JupyterLab would ask for one.
     page.wait_for_selector("#jp-main-statusbar :text('| Idle')")
+    # And a widget whose kernel is asked to run before the page knows of it is never shown.
+    page.wait_for_timeout(3000)
 
 
 def run_all(page) -> None:
@@ -144,7 +146,11 @@ def run_all(page) -> None:
 def show(page, text: str):
     """The last output that holds a text, once it is there, brought into view."""
     found = page.locator(".jp-OutputArea-output", has_text=text).last
-    found.wait_for()
+    try:
+        found.wait_for()
+    except Exception as error:
+        shown = [each[-400:] for each in page.locator(".jp-OutputArea-output").all_inner_texts()]
+        raise AssertionError(f"no output shows {text!r}, but the last show {shown[-4:]}") from error
     found.scroll_into_view_if_needed()
     return found
 
@@ -203,6 +209,30 @@ def test_training_is_watched_and_stopped(page, lab, project, shot):
     assert "Traceback" not in said.inner_text()
     show(page, "It was stopped")
     shot("03-stopped")
+
+
+def test_training_in_the_background_is_found_again_by_a_reloaded_page(page, lab, project, shot):
+    notebook, folder = project / "notebooks" / "03_train.ipynb", project / "results" / "seen"
+    done = len((folder / "history.csv").read_text().splitlines()) - 1
+    set_parameters(notebook, resume=True, background=True, epochs=done + 3000)
+    open_notebook(page, lab, "03_train")
+    run_all(page)
+    show(page, "The training goes on in the background")
+    show(page, "images/s in all")
+    page.locator(".widget-image").wait_for()
+    page.keyboard.press("Control+s")
+    page.wait_for_selector(".jp-NotebookPanel .jp-Toolbar")
+    page.wait_for_timeout(2000)
+    page.reload()
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    before = show(page, "images/s in all").inner_text()
+    shot("03-reloaded")
+    changes = "text => ![...document.querySelectorAll('.jp-OutputArea-output')].some(one => one.innerText === text)"
+    page.wait_for_function(changes, arg=before)
+    page.get_by_role("button", name="Stop at the next step").click()
+    show(page, "It was stopped")
+    shot("03-stopped-by-the-panel")
+    assert json.loads((folder / runs.PROGRESS).read_text())["status"] == "interrupted"
 
 
 def test_the_resumed_training_ends_and_the_last_two_notebooks_show_their_charts(page, lab, project, shot):

@@ -36,11 +36,22 @@ View = Callable[[dict], None]
 
 def view(stop: Callable[[], None] | None = None) -> View:
     """The view that suits where this runs; in JupyterLab a panel appears, with a button that calls `stop` if given."""
-    if os.environ.get(PLAIN) or not _in_notebook():
+    if not looked_at():
         return lines()
     from workbench.training import panel
 
     return panel.panel(stop)
+
+
+def looked_at() -> bool:
+    """Whether this runs in a notebook that somebody looks at, and no batch run."""
+    if os.environ.get(PLAIN):
+        return False
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    return type(get_ipython()).__name__ == "ZMQInteractiveShell"
 
 
 @contextmanager
@@ -138,7 +149,7 @@ def follow(folder: str | os.PathLike, *, background: bool | None = None) -> None
                 state = read(folder)
         show(state)
 
-    if background or (background is None and _in_notebook() and not os.environ.get(PLAIN)):
+    if background or (background is None and looked_at()):
         threading.Thread(target=go_on, name="follow", daemon=True).start()
     else:
         go_on()
@@ -311,11 +322,3 @@ def _plain(value):
     if isinstance(value, str | bool | int | None):
         return value
     return float(value) if math.isfinite(value) else None
-
-
-def _in_notebook() -> bool:
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return type(get_ipython()).__name__ == "ZMQInteractiveShell"

@@ -2,7 +2,7 @@
 
 training = session.train(config, root, workers=2, background=True)    # returns at once
 training.folder, training.stop()                                      # in any later cell
-summaries = training.wait()                                           # what each rank returned
+summaries = training.wait()                                           # what each rank returned, when it has ended
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from workbench.training.config import TrainConfig
 from workbench.training.sites import Site
 
 
+class StillTraining(WorkbenchError):
+    """It trains in the background, and the kernel that it would be waited for in is wanted for other cells."""
+
+
 class Training:
     """A training that runs or has run; `folder` is the run's as soon as the workers are there."""
 
-    def __init__(self):
+    def __init__(self, *, background: bool = False):
         self.folder: Path | None = None
+        self._background = background
         self._ranks: cluster.Workers | None = None
         self._stops, self._over = 0, threading.Event()
         self._summaries: list[dict] = []
@@ -37,9 +42,18 @@ class Training:
     def wait(self) -> list[dict]:
         """Wait for its end and return what each rank returned; an interrupt stops it.
 
+        In JupyterLab a training in the background is not waited for: a kernel that runs a cell answers neither other
+        cells nor a page that was reloaded.
+
         Raises:
+            StillTraining: it is in the background, somebody looks, and it has not ended.
             What `cluster.Workers.run` does, and WorkbenchError if the workers did not start.
         """
+        if self._background and progress.looked_at() and not self._over.is_set():
+            raise StillTraining(
+                "The training goes on in the background, and the panel above shows it, also when this page is reloaded. "
+                "When it has ended, run this cell and those below: Run, then Run Selected Cell and All Below."
+            )
         while not self._over.is_set():
             try:
                 self._over.wait(0.2)
@@ -103,12 +117,12 @@ def train(
         workers, threads, hang_limit, site: as for `cluster.start`.
         record: the parameters that a new run's record keeps.
         facts: entries of the run's record, known before it begins.
-        background: return at once, and leave the kernel to other cells; `Training.wait` waits.
+        background: return at once, and leave the kernel to other cells, and to a page that is reloaded.
 
     Raises:
         What `Training.wait` does, unless it is in the background.
     """
-    training = Training()
+    training = Training(background=background)
     # Displayed by the cell that asks, whoever keeps it up to date.
     show = progress.view(training.stop)
     where = {"workers": workers, "threads": threads, "hang_limit": hang_limit, "site": site}
