@@ -28,3 +28,12 @@ def test_recipes_that_pages_show_name_parameters_that_there_are(page):
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
         if "data_folder:" in block:
             batch.check_parameters(ROOT, yaml.safe_load(block), where=page.name)
+
+
+def test_every_test_that_is_said_to_keep_a_promise_is_there():
+    there = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    said = (ROOT / "README.md").read_text() + (ROOT / "docs" / "promises.md").read_text()
+    for name in re.findall(r"`(test_\w+)`", said):
+        assert f"def {name}(" in there, name
+    for name in re.findall(r"`(test_\w+\.py)`", said):
+        assert (ROOT / "tests" / name).is_file(), name
