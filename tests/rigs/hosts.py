@@ -1,7 +1,8 @@
 """Two ssh hosts on this one, `node1` and `node2`, with a network, a host name and processes of their own.
 
 Each is a set of namespaces (network, UTS, PID, mount) whose first process is an sshd that accepts one key; a bridge
-joins them to this host, the head. Only files are shared, as on a cluster with one file system. Nothing is written to
+joins them to this host, the head. Only files are shared, as on a cluster with one file system,
+and home and temporary folder are each host's own. Nothing is written to
 /etc: the nodes have an /etc/hosts mounted over, the head has a wrapper of ssh that knows the names. Needs root. What
 is started ends with the process that started it, even one that is killed: a host's processes end with its sshd.
 
@@ -39,6 +40,9 @@ UsePAM no
 UseDNS no
 # The key lies below /tmp, in which everybody may write.
 StrictModes no
+# MPI's daemon names its folder by its process id, which two hosts with one /tmp may both have. And a shell reads what
+# root's own home tells it to run, which a host that is killed may leave locked.
+SetEnv TMPDIR=/run/tmp HOME=/run/home
 """
 SSH = """\
 Host {name}
@@ -62,6 +66,7 @@ hostname {name}
 mount --bind {folder}/hosts /etc/hosts
 mount -t tmpfs tmpfs /run
 mkdir -m 755 /run/sshd
+mkdir -m 1777 /run/tmp /run/home
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
 ip link set lo up
 ip address add {address}/24 dev eth0
