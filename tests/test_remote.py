@@ -211,9 +211,9 @@ class TestSlurm:
             ({"nodes": 3}, "of cluster batch would wait for ever (PartitionNodeLimit): change its settings"),
             ({"partition": "short"}, "of cluster batch would wait for ever (PartitionTimeLimit)"),
         ]:
-            site = job(**settings)
+            site = job(queue_limit=2, **settings)
             sentence, seconds = refusal(site.slots, site)
-            assert said in sentence
+            assert said in sentence, (sentence, slurm_rig.states(), slurm_rig.log())
             assert seconds < 30
         assert not slurm_rig.call("squeue", "-h")
         assert capfd.readouterr().err == ""

@@ -27,9 +27,12 @@ UNANSWERED = 60.0  # seconds for which Slurm may know nothing of a job, such as 
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SUSPENDED")
 RUNNING = ("RUNNING", "STAGE_OUT", "SIGNALING")
 ENDED_BY_SLURM = ("TIMEOUT", "CANCELLED", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
+NOT_SAID = 30.0  # seconds after which a reason is Slurm's last word that it also gives before it has looked closer
 # Reasons for which a job waits for ever.
 NEVER = ("PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "AccountNotAllowed", "QOSNotAllowed",
          "InvalidAccount", "InvalidQOS", "QOSMaxNodePerUserLimit", "AssocMaxJobsLimit", "JobHeldAdmin")  # fmt: skip
+# What every job that cannot begin at once is given first; it stays where no node fits, and nothing more is said.
+AT_FIRST = "PartitionConfig"
 UNKNOWN = "UNKNOWN"
 NODE_FAILURE = "DUE TO NODE FAILURE"  # what srun says, some seconds before the job's state does
 
@@ -140,13 +143,14 @@ class Job:
         """
         began, told = time.monotonic(), ""
         while not (state := self.state()).running:
-            if not state.queued or state.reason in NEVER:
+            waited = time.monotonic() - began
+            if not state.queued or state.reason in NEVER or (state.reason == AT_FIRST and waited > NOT_SAID):
                 raise WorkbenchError(self.explain())
             if state.told() != told:
                 told = state.told()
                 print(f"Slurm's job {self.number} is {told}", flush=True)
             limit = self.site.queue_limit * 60
-            if limit and time.monotonic() - began > limit:
+            if limit and waited > limit:
                 raise WorkbenchError(
                     f"Slurm's job {self.number} of cluster {self.site.name} was {told} for {self.site.queue_limit:g} "
                     f"minutes, and was cancelled: ask for less, or for a longer `queue_limit` in {FILE}."
