@@ -51,7 +51,7 @@ class Training:
         """
         if self._background and progress.looked_at() and not self._over.is_set():
             raise StillTraining(
-                "The training goes on in the background, and the panel above shows it, also in a page that is reloaded. "
+                "The training goes on in the background, and the panel above shows it, in a page that is reloaded too. "
                 "When it has ended, run this cell and those below: Run, then Run Selected Cell and All Below."
             )
         while not self._over.is_set():
