@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from workbench import Interrupted, WorkbenchError, batch, cli, forecast, plan, preflight, runs
+from workbench import Interrupted, WorkbenchError, batch, cli, estimate, plan, preflight, runs
 from workbench.data import chestxray14, pipeline, shards, synthetic
 from workbench.training import cluster
 
@@ -153,7 +153,7 @@ def test_disk_that_is_too_small_is_said(root, monkeypatch):
 
 def test_an_earlier_run_tells_the_time_without_timing(written):
     planned = plan.plan_recipe(written, "synthetic", overrides=SMALL)
-    assert forecast.find_earlier(planned) is None
+    assert estimate.find_earlier(planned) is None
     parameters = batch.check_parameters(written, SMALL, where="here")
     runs.update_run(
         runs.create_run(written, "before", recipe="synthetic", parameters=parameters),
@@ -161,7 +161,7 @@ def test_an_earlier_run_tells_the_time_without_timing(written):
     )
     assert "at the 50 images/s of the run before; the whole of before took " in look(written)["Time"].found
     other = plan.plan_recipe(written, "synthetic", overrides=SMALL | {"batch_size": 4})
-    assert forecast.find_earlier(other) is None
+    assert estimate.find_earlier(other) is None
 
 
 @pytest.mark.parametrize(
@@ -207,20 +207,31 @@ def test_a_network_that_cannot_be_built_is_a_finding(root):
     assert not check.found.startswith("workbench")
 
 
+def test_a_cluster_is_held_against_the_recipe_without_starting_it(root, capsys):
+    (root / "clusters.yml").write_text("gpu: {kind: slurm, nodes: 2, tasks_per_node: 4}")
+    assert preflight.main(root, "synthetic", overrides=SMALL | {"cluster_name": "gpu", "workers": 0}, timing=False) == 0
+    said = capsys.readouterr().out
+    assert "8 workers on the cluster gpu" in said
+    assert "the cluster gpu takes up to 8 (2 hosts)" in said
+    assert "what the hosts have is known when workers are there" in said
+    with pytest.raises(WorkbenchError, match="`workers` is 9, and the cluster gpu takes 1 to 8"):
+        preflight.main(root, "synthetic", overrides=SMALL | {"cluster_name": "gpu", "workers": 9})
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize(("network", "size", "batch_size"), [("Tiny", 32, 8), ("DenseNet121", 64, 8)])
 def test_memory_is_as_estimated_and_time_is_measured(network, size, batch_size, root, capsys, monkeypatch):
-    monkeypatch.setattr(forecast, "TRIAL_SECONDS", 3.0)
+    monkeypatch.setattr(estimate, "TRIAL_SECONDS", 3.0)
     settings = {"network": network, "image_size": size, "batch_size": batch_size}
     planned = plan.plan_recipe(root, "synthetic", overrides=SMALL | settings)
     held = preflight._count(planned)
-    told = forecast.try_recipe(planned, preflight.this_host().start)
+    told = estimate.try_recipe(planned, preflight.this_host().start)
     assert [one["world_size"] for one in told] == [2, 2]
     for one in told:
         assert held["rank"] == pytest.approx(one["peak_bytes"], rel=held["within"])
     # At least what the steps take, and what is there before them.
-    steps = planned.config.epochs * planned.steps * planned.global_batch / forecast.rate_of(told)
-    assert forecast.predict_seconds(planned, told) > steps + told[0]["start_seconds"] + told[0]["first_step_seconds"]
+    steps = planned.config.epochs * planned.steps * planned.global_batch / estimate.rate_of(told)
+    assert estimate.predict_seconds(planned, told) > steps + told[0]["start_seconds"] + told[0]["first_step_seconds"]
     assert not list(root.glob("data/*"))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from rigs import hosts as ssh_hosts
 
-from workbench import WorkbenchError, rollcall, runs
+from workbench import WorkbenchError, estimate, preflight, rollcall, runs
 from workbench.training import cluster, postmortem, sites
 
 LIMIT = 10.0  # seconds of silence
@@ -131,6 +132,21 @@ class TestHosts:
         ):
             assert re.search(line, said), said
 
+    def test_a_recipe_is_looked_at_where_its_workers_run(self, two_hosts, ssh_rig, tmp_path, capsys, monkeypatch):
+        two_hosts()
+        monkeypatch.setattr(estimate, "TRIAL_SECONDS", 2.0)
+        shutil.copytree(runs.project_root() / "notebooks", tmp_path / "notebooks")
+        folder = f"folder: {tmp_path / 'keys'}"
+        (tmp_path / sites.FILE).write_text(f"pair: {{kind: hosts, hosts: {{node1: 1, node2: 1}}, {folder}}}")
+        small = {"synthetic_patients": 32, "network": "Tiny", "image_size": 32, "shard_margin": 4, "batch_size": 8}
+        small |= {"cluster_name": "pair", "workers": 0, "validation_fraction": 0.25}
+        assert preflight.main(tmp_path, "synthetic", overrides=small) == 0
+        said = capsys.readouterr().out
+        assert "2 workers on the cluster pair." in said
+        for line in ("Memory .* a rank measured", r"Time [\s\S]* s to start", "This recipe can run there"):
+            assert re.search(line, said), said
+        assert not list(tmp_path.glob("workbench-*"))
+
     def test_what_is_wrong_with_a_host_is_said_at_once(self, two_hosts, ssh_rig, tmp_path):
         # The rig's own key is in its configuration: with another one in its place nobody is let in.
         ssh_hosts._make_key(tmp_path / "key")
@@ -207,14 +223,15 @@ class TestSlurm:
     def test_what_slurm_does_not_take_is_said_at_once(self, job, slurm_rig, capfd):
         for settings, said in [
             ({"partition": "nope"}, "Slurm refuses the job of cluster batch: invalid partition specified: nope;"),
-            ({"tasks_per_node": 5}, "Slurm refuses the job of cluster batch: CPU count per node can not be satisfied"),
-            ({"nodes": 3}, "of cluster batch would wait for ever (PartitionNodeLimit): change its settings"),
-            ({"partition": "short"}, "of cluster batch would wait for ever (PartitionTimeLimit)"),
+            # Slurm does not always see it when it is asked, and then keeps the job with the reason that it gives first.
+            ({"tasks_per_node": 5}, r"CPU count per node can not be satisfied|would wait for ever \(PartitionConfig\)"),
+            ({"nodes": 3}, r"of cluster batch would wait for ever \(PartitionNodeLimit\): change its settings"),
+            ({"partition": "short"}, r"of cluster batch would wait for ever \(PartitionTimeLimit\)"),
         ]:
             site = job(queue_limit=2, **settings)
             sentence, seconds = refusal(site.slots, site)
-            assert said in sentence, (sentence, slurm_rig.states(), slurm_rig.log())
-            assert seconds < 30
+            assert re.search(said, sentence), (sentence, slurm_rig.states(), slurm_rig.log())
+            assert seconds < 60
         assert not slurm_rig.call("squeue", "-h")
         assert capfd.readouterr().err == ""
 

@@ -191,11 +191,9 @@ def _predict(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from workbench import runs
 
-    if options.cluster:
-        if options.recipe or options.set or not options.timing:
-            raise WorkbenchError(
-                "--cluster looks at a cluster, and takes no recipe: `workbench doctor --cluster gpu`, say."
-            )
+    if options.cluster and not options.recipe:
+        if options.set or not options.timing:
+            raise WorkbenchError("--set and --no-timing belong to a recipe: `workbench doctor synthetic`, say.")
         from workbench import rollcall
         from workbench.training import sites
 
@@ -208,7 +206,7 @@ def _doctor(options: argparse.Namespace) -> int:
         return doctor.main(folder=runs.project_root())
     from workbench import batch, preflight
 
-    overrides = batch.parse_settings(options.set)
+    overrides = batch.parse_settings(options.set) | ({"cluster_name": options.cluster} if options.cluster else {})
     return preflight.main(runs.project_root(), options.recipe, overrides=overrides, timing=options.timing)
 
 
@@ -358,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train no steps, which takes about a minute; the time is then an earlier run's, if there is one",
     )
     doctor.add_argument(
-        "--cluster", default="", metavar="NAME", help="start the workers of that cluster, and say what they have"
+        "--cluster", default="", metavar="NAME", help="where the workers run; alone: start them, and say what they have"
     )
     doctor.set_defaults(call=_doctor)
 

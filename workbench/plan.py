@@ -18,7 +18,7 @@ from typing import Any
 
 from workbench import WorkbenchError, batch
 from workbench.data import chestxray14, pipeline, shards, synthetic
-from workbench.training import cluster
+from workbench.training import cluster, sites
 from workbench.training.config import TrainConfig
 
 # Of a pixel, as `shards.write_shards` found them, and of a record besides its image.
@@ -35,6 +35,7 @@ class Plan:
         parameters: of all notebooks.
         config: of the training.
         workers: how many ranks.
+        site: where they run.
         images, shards: by split: how many.
         image_bytes: mean size of an image in the shards; estimated where they are not written yet.
         findings: how many.
@@ -49,6 +50,7 @@ class Plan:
     parameters: Mapping[str, Any]
     config: TrainConfig
     workers: int
+    site: sites.Site
     images: Mapping[str, int]
     shards: Mapping[str, int]
     image_bytes: float
@@ -119,10 +121,11 @@ def plan_recipe(root: Path, recipe: str, *, overrides: Mapping[str, Any] | None 
         raise WorkbenchError(
             "There would be no validation images, by which the best epoch is chosen: set `validation_fraction` above 0."
         )
-    workers = given["workers"] or cluster.default_workers()
+    site = sites.read_site(root, given["cluster_name"])
+    workers = given["workers"] or cluster.default_workers(site)
     # Asked now, before anything is printed: there may be too few images for one step.
     pipeline.steps_per_epoch(images["train"], batch_size=config.batch_size, size=workers)
-    return Plan(root, label, given, config, workers, frame=frame, told=told, trouble=trouble, **held)
+    return Plan(root, label, given, config, workers, site, frame=frame, told=told, trouble=trouble, **held)
 
 
 def _describe_unwritten(frame, given: Mapping[str, Any], stored: int) -> dict[str, Any]:

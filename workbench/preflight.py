@@ -1,6 +1,6 @@
 """What a recipe would do here, before it is run: the command `workbench doctor RECIPE`.
 
-Numbers come from `plan`, times from `forecast`; here they are held against what there is. Nothing is written but
+Numbers come from `plan`, times from `estimate`; here they are held against what there is. Nothing is written but
 temporary files.
 
     from workbench import preflight, runs
@@ -15,13 +15,14 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from workbench import Interrupted, WorkbenchError, forecast, machine, runs
+from workbench import Interrupted, WorkbenchError, estimate, machine, runs
 from workbench.data import pipeline
 from workbench.doctor import TIMEOUT
 from workbench.findings import Check, reading_check, show
@@ -53,9 +54,10 @@ class Place:
         slots: the most workers it takes.
         slot: what a slot is, in words.
         hosts: how many hosts they are shared out to.
-        memory: bytes that can be taken on each host.
+        memory: bytes that can be taken on each host; 0: not known before workers are there.
         gpus: of each host.
         start: starts workers there: `start(workers, threads=...)` as `cluster.start`; None: nothing can be timed.
+        start_seconds: what starting has taken already.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Place:
     memory: int
     gpus: int
     start: Callable[..., AbstractContextManager] | None
+    start_seconds: float = 0.0
 
 
 def this_host(threads: int = 0) -> Place:
@@ -74,6 +77,38 @@ def this_host(threads: int = 0) -> Place:
     slots = min(gpus, cores // each) if gpus else cores // each
     slot = f"{gpus} GPUs" if gpus else f"{cores} cores"
     return Place("this host", slots, slot, 1, machine.available_memory(), gpus, cluster.start)
+
+
+@contextmanager
+def find_place(plan: Plan, *, start: bool) -> Iterator[Place]:
+    """Where a plan's workers would run; on a cluster they are started, if asked for, and tell what is there.
+
+    Raises:
+        WorkbenchError: they do not start.
+    """
+    site, config = plan.site, plan.config
+    if site.kind == "local":
+        yield this_host(config.threads)
+        return
+    hosts = len(site.hosts) or site.nodes
+    slot = f"{hosts} host{'s' * (hosts > 1)}"
+    place = Place(f"the cluster {site.name}", site.slots, slot, hosts, 0, site.gpus_per_node, None)
+    if not start or plan.workers > site.slots:
+        yield place
+        return
+    print(f"Starting {plan.workers} workers on {place.name}.", flush=True)
+    began = time.monotonic()
+    how = {"threads": config.threads, "hang_limit": estimate.PATIENCE, "environment": config.horovod_environment()}
+    with cluster.start(plan.workers, site=site, **how) as ranks:
+        memory, gpus = (ranks.run(f"workbench.machine.{name}") for name in ("available_memory", "gpus_present"))
+        yield replace(
+            place,
+            hosts=len(set(ranks.hosts)),
+            memory=min(memory),
+            gpus=max(gpus),
+            start=lambda *_, **__: nullcontext(ranks),
+            start_seconds=time.monotonic() - began,
+        )
 
 
 def main(
@@ -91,21 +126,23 @@ def main(
         recipe: a name in notebooks/recipes/, or the path of a YAML file.
         overrides: parameters that replace the recipe's.
         timing: train a few real steps, which takes about a minute; else only an earlier run tells the time.
-        place: where the workers would run; this host by default.
+        place: where the workers would run; where the parameter `cluster_name` says by default.
 
     Raises:
         WorkbenchError: the recipe, its parameters or its data are such that it cannot be run.
     """
     plan = plan_recipe(root, recipe, overrides=overrides)
-    place = place or this_host(plan.config.threads)
-    config = plan.config
+    config, local = plan.config, plan.site.kind == "local"
+    where = place.name if place else "this host" if local else f"the cluster {plan.site.name}"
     print(
         f"Recipe {plan.recipe}: {config.network}, {config.image_size} px, {config.precision}, {config.epochs} epochs, "
-        f"{plan.workers} worker{'s' * (plan.workers > 1)} on {place.name}.",
+        f"{plan.workers} worker{'s' * (plan.workers > 1)} on {where}.",
         flush=True,
     )
-    failed = show(check_plan(plan, place, timing=timing))
-    print(f"This recipe cannot run here: {', '.join(failed)}." if failed else "This recipe can run here.")
+    with nullcontext(place) if place else find_place(plan, start=timing) as found:
+        failed = show(check_plan(plan, found, timing=timing))
+    there = "here" if local else "there"
+    print(f"This recipe cannot run {there}: {', '.join(failed)}." if failed else f"This recipe can run {there}.")
     return 1 if failed else 0
 
 
@@ -117,7 +154,8 @@ def check_plan(plan: Plan, place: Place, *, timing: bool = True) -> Iterator[Che
     yield _batch(plan)
     if plan.config.weights == "imagenet":
         yield _weights(plan)
-    fits, busy = _workers(plan, place), machine.is_busy()
+    local = plan.site.kind == "local"
+    fits, busy = _workers(plan, place), local and machine.is_busy()
     yield fits
     held = _count(plan)
     if "error" in held:
@@ -131,7 +169,11 @@ def check_plan(plan: Plan, place: Place, *, timing: bool = True) -> Iterator[Che
     elif timing and place.start:
         print(f"{'':<20} training a few steps, which takes up to a minute ...", flush=True)
         try:
-            told = forecast.try_recipe(plan, place.start)
+            # What is written for the while has to be seen on other hosts, as the project's folder is.
+            told = estimate.try_recipe(
+                plan, place.start, scratch=None if local else machine.existing_folder(plan.root / "data")
+            )
+            told = [one | {"start_seconds": one["start_seconds"] + place.start_seconds} for one in told]
         except Interrupted:
             raise
         except WorkbenchError as error:
@@ -139,8 +181,8 @@ def check_plan(plan: Plan, place: Place, *, timing: bool = True) -> Iterator[Che
             yield Check("Time", "failed", str(error), BUSY if busy else "see `workbench doctor`")
             return
     yield _memory(plan, place, held, told) if told else memory
-    earlier = forecast.find_earlier(plan)
-    rate = forecast.rate_of(told) if told else earlier[1]["images_per_second"] if earlier else 0.0
+    earlier = estimate.find_earlier(plan)
+    rate = estimate.rate_of(told) if told else earlier[1]["images_per_second"] if earlier else 0.0
     if plan.files:
         mine = math.ceil(plan.workers / place.hosts) / plan.workers
         yield reading_check(
@@ -234,6 +276,9 @@ def _memory(plan: Plan, place: Place, held: dict, told: list[dict] | None) -> Ch
         gpu = max((one["gpu_peak_bytes"] for one in told or []), default=0)
         found += f"; {_size(held['gpu'])} on each GPU" + (f", {_size(gpu)} measured" if gpu else ", a rough guess")
     advice = "use a smaller `batch_size`, fewer `workers`, or `precision` mixed_bfloat16"
+    if not place.memory:
+        found = f"{_size(rank)} a rank, {_size(host)} a host; ± {held['within']:.0%}"
+        return Check("Memory", "ok", f"{found}; what the hosts have is known when workers are there")
     if host > place.memory:
         return Check("Memory", "failed", found, advice)
     if host * (1 + held["within"]) > place.memory:
@@ -267,10 +312,10 @@ def _disk(plan: Plan, held: dict) -> Check:
 
 def _time(plan: Plan, told: list[dict] | None, earlier: tuple | None, skipped: str, busy: bool) -> Check:
     known = ""
-    if earlier and forecast.is_same_work(plan, earlier[1]):
+    if earlier and estimate.is_same_work(plan, earlier[1]):
         known = f"; the whole of {earlier[0]} took {runs.minutes(earlier[1]):g} min"
     if told:
-        seconds, rate = forecast.predict_seconds(plan, told), forecast.rate_of(told)
+        seconds, rate = estimate.predict_seconds(plan, told), estimate.rate_of(told)
         first = max(one["first_step_seconds"] for one in told)
         where = "trial shards" if told[0]["trial_shards"] else "the shards"
         found = (

@@ -1,9 +1,9 @@
 """How long a recipe would take: measured on a few real steps, or known from an earlier run.
 
-from workbench import forecast, plan, runs
+from workbench import estimate, plan, runs
 planned = plan.plan_recipe(runs.project_root(), "synthetic")
-told = forecast.try_recipe(planned, cluster.start)               # about half a minute
-forecast.rate_of(told), forecast.predict_seconds(planned, told)
+told = estimate.try_recipe(planned, cluster.start)               # about half a minute
+estimate.rate_of(told), estimate.predict_seconds(planned, told)
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from workbench.data import chestxray14, shards, synthetic
 from workbench.plan import Plan
 
 TRIAL_SECONDS = 20.0  # that the timed steps may take
+PATIENCE = 120  # seconds without a sign of life: on a busy machine the first step may take long, and that is measured
 
 
 # What a training takes seconds for only once: workers, network, and the compilation of two kinds of step.
 ONCE = ("start_seconds", "building_seconds", "first_step_seconds", "first_prediction_seconds")
 
 
-def try_recipe(plan: Plan, start: Callable[..., AbstractContextManager]) -> list[dict]:
+def try_recipe(plan: Plan, start: Callable[..., AbstractContextManager], *, scratch: Path | None = None) -> list[dict]:
     """Train and predict a few batches on the ranks that the recipe asks for; what each of them tells.
 
     Args:
         plan: of the recipe; where its shards are not written yet, a few are written for the while.
         start: starts workers, as `cluster.start` does.
+        scratch: a folder for those shards, which the workers see; by default the host's own for temporary files.
 
     Returns:
         In rank order what `trial.try_steps` returns, with `start_seconds` of the workers and whether on `trial_shards`.
@@ -40,13 +42,12 @@ def try_recipe(plan: Plan, start: Callable[..., AbstractContextManager]) -> list
     Raises:
         WorkbenchError: the workers do not start, or cannot train.
     """
-    with tempfile.TemporaryDirectory(prefix="workbench-preflight-") as scratch:
-        folder = plan.config.shard_folder if plan.files else _write_trial_shards(plan, Path(scratch))
+    with tempfile.TemporaryDirectory(prefix="workbench-preflight-", dir=scratch) as made:
+        folder = plan.config.shard_folder if plan.files else _write_trial_shards(plan, Path(made))
         # Random weights compute as fast, and need not be fetched.
         config = dataclasses.replace(plan.config, shard_folder=str(folder), weights="none")
         began = time.monotonic()
-        # On a busy machine the first step may take long, and that is to be measured here.
-        hang_limit = max(plan.parameters["hang_limit"], 120)
+        hang_limit = max(plan.parameters["hang_limit"], PATIENCE)
         with start(plan.workers, threads=config.threads, hang_limit=hang_limit) as ranks:
             up = time.monotonic() - began
             told = ranks.run("workbench.training.trial.try_steps", config, seconds=TRIAL_SECONDS)
@@ -96,6 +97,7 @@ def find_earlier(plan: Plan) -> tuple[str, dict] | None:
             record.get("parameters", {}).get(name) == plan.parameters[name]
             for name in ("network", "image_size", "precision", "batch_size")
         )
+        same = same and record["parameters"].get("cluster_name", "local") == plan.site.name
         if (
             same
             and record.get("images_per_second")
