@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from workbench import WorkbenchError
-from workbench.training import cluster
+from workbench.training import cluster, launch
 
 pytestmark = pytest.mark.mpi
 
@@ -71,13 +71,13 @@ def test_more_workers_than_cores_are_refused_at_once():
 
 
 def test_a_cluster_that_cannot_start_says_what_mpiexec_said(monkeypatch):
-    launch_here = cluster._LAUNCHING["local"]
+    launch_here = launch.LAUNCHING["local"]
 
     def impossible(config, *settings):
         launch_here(config, *settings)
         config.MPIEngineSetLauncher.mpi_args = ["--map-by", "slot:PE=4096", "--bind-to", "core"]
 
-    monkeypatch.setitem(cluster._LAUNCHING, "local", impossible)
+    monkeypatch.setitem(launch.LAUNCHING, "local", impossible)
     said = r"The 2 workers did not start \(.*failed to map.*\): run `workbench doctor`"
     with pytest.raises(WorkbenchError, match=said), start_two():
         pass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from party import Party
 
-from workbench.training.cluster import ENGINE_ENVIRONMENT
+from workbench.training.launch import ENGINE_ENVIRONMENT
 
 HERE = Path(__file__).parent
 OURS = sys.executable
