@@ -44,6 +44,9 @@ READY = "-- ready --"  # what a rank says before is ipyparallel's
 POLL = 0.1  # seconds between two looks at the workers
 HANG_LIMIT = 45.0  # seconds; with what ending takes, a user learns within a minute
 LEAST_HANG_LIMIT = 5.0  # seconds; signs come every second, and a busy machine delays them
+# An engine is let in at the next beat but one: at ipyparallel's own pace, of three seconds, starting takes 7 s instead of 3.
+# It is given up after the same half minute of silence.
+HEARTBEAT = ("period=500", "max_heartmonitor_misses=60")
 STOPPING = 20.0  # seconds that an interrupted run gets to come to the end of its step
 
 
@@ -399,8 +402,8 @@ def start(
         # Other users of a host can reach its loopback as well, and a network even more: without the key, which is in
         # files that only this user can read, nobody connects.
         config = Config()
-        curve = "--IPController.enable_curve=True"
-        controller = [*launch.guarded(folder), sys.executable, "-m", "ipyparallel.controller", curve]
+        arguments = ["--IPController.enable_curve=True", *(f"--HeartMonitor.{name}" for name in HEARTBEAT)]
+        controller = [*launch.guarded(folder), sys.executable, "-m", "ipyparallel.controller", *arguments]
         config.LocalControllerLauncher.controller_cmd = controller
         variables = launch.ENGINE_ENVIRONMENT | {"WORKBENCH_SCRATCH": folder} | (environment or {})
         launch.LAUNCHING[site.kind](config, site, folder, workers, threads or site.cpus_per_task, variables)
