@@ -44,7 +44,7 @@ READY = "-- ready --"  # what a rank says before is ipyparallel's
 POLL = 0.1  # seconds between two looks at the workers
 HANG_LIMIT = 45.0  # seconds; with what ending takes, a user learns within a minute
 LEAST_HANG_LIMIT = 5.0  # seconds; signs come every second, and a busy machine delays them
-# An engine is let in at the next beat but one: at ipyparallel's own pace, of three seconds, starting takes 7 s instead of 3.
+# An engine is let in at the next beat but one: at ipyparallel's own pace, of three seconds, starting takes 7 s, not 3.
 # It is given up after the same half minute of silence.
 HEARTBEAT = ("period=500", "max_heartmonitor_misses=60")
 STOPPING = 20.0  # seconds that an interrupted run gets to come to the end of its step
