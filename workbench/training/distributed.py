@@ -62,8 +62,6 @@ def start(threads: int = 0) -> World:
         tf.config.threading.set_inter_op_parallelism_threads(threads)
     world = World(threads=threads)
     if launched_ranks() > 1:
-        # Horovod: `timeline` can record only where it was told so before it starts; until then nothing is written.
-        os.environ.setdefault("HOROVOD_TIMELINE", "DYNAMIC")
         # Horovod: imported only where MPI runs, so that one process needs neither.
         import horovod.tensorflow as hvd
 
@@ -229,17 +227,28 @@ def gather(rows: np.ndarray) -> np.ndarray:
 def timeline(path: str | os.PathLike) -> Iterator[None]:
     """Record Horovod's timeline of the block to a file, on rank 0; without other ranks there is nothing to record.
 
-    `workbench.analysis.timeline` reads it. It is written whole only some time after the block has ended.
+    `workbench.analysis.timeline` reads it. All ranks enter and leave the block together. Where it raises, Horovod is
+    left as it is: another rank may not come.
     """
     if _hvd is None:
         yield
         return
+    # Horovod: it records only what it was told of before it starts, by a thread of rank 0 that never sleeps and takes
+    # half a core from training. So it is started anew for the block.
+    _start_anew(timeline="DYNAMIC")
     # Horovod: the coordinator writes what all ranks do.
     _hvd.start_timeline(os.fspath(path))
-    try:
-        yield
-    finally:
-        _hvd.stop_timeline()
+    yield
+    _start_anew()
+
+
+def _start_anew(*, timeline: str = "") -> None:
+    with exchange(), uncounted():
+        _hvd.shutdown()
+        os.environ.pop("HOROVOD_TIMELINE", None)
+        if timeline:
+            os.environ["HOROVOD_TIMELINE"] = timeline
+        _hvd.init()
 
 
 def average_batch_statistics(model: keras.Model) -> None:
