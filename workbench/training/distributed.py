@@ -233,21 +233,21 @@ def timeline(path: str | os.PathLike) -> Iterator[None]:
     if _hvd is None:
         yield
         return
-    # Horovod: it records only what it was told of before it starts, by a thread of rank 0 that never sleeps and takes
-    # half a core from training. So it is started anew for the block.
-    _start_anew(timeline="DYNAMIC")
-    # Horovod: the coordinator writes what all ranks do.
-    _hvd.start_timeline(os.fspath(path))
+    # Horovod: told of a timeline, it keeps a thread on rank 0 that never sleeps and takes half a core from training. So
+    # it is started anew for the block, with a file and not "DYNAMIC", of which it bears only one in a process.
+    _start_anew(timeline=os.fspath(path))
     yield
+    # What is still to be written would keep the next file from being opened.
+    _hvd.stop_timeline()
     _start_anew()
 
 
 def _start_anew(*, timeline: str = "") -> None:
+    os.environ.pop("HOROVOD_TIMELINE", None)
+    if timeline:
+        os.environ["HOROVOD_TIMELINE"] = timeline
     with exchange(), uncounted():
         _hvd.shutdown()
-        os.environ.pop("HOROVOD_TIMELINE", None)
-        if timeline:
-            os.environ["HOROVOD_TIMELINE"] = timeline
         _hvd.init()
 
 
