@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
 
 from workbench import Interrupted, WorkbenchError, runs
-from workbench.training import panel, progress
+from workbench.training import panel, progress, session
 
 RANK = {"images_per_second": 10.0, "input_wait_share": 0.01, "exchange_share": 0.2, "memory": 1 << 30}
 ROW = {"epoch": 1, "loss": 0.3, "val_loss": 0.4, "val_auroc": float("nan"), "learning_rate": 1e-3, "seconds": 20.0}
@@ -144,3 +145,16 @@ def test_a_table_of_many_epochs_keeps_the_last_and_the_best():
     assert ">81<" in table
     assert ">80<" not in table
     assert "79 more epochs are in history.csv" in table
+
+
+def test_a_training_in_the_background_is_waited_for_only_where_nobody_looks(monkeypatch):
+    """A kernel that waits answers no page that is reloaded."""
+    training = session.Training(background=True)
+    monkeypatch.setattr(progress, "looked_at", lambda: True)
+    with pytest.raises(session.StillTraining, match="goes on in the background"):
+        training.wait()
+    monkeypatch.setattr(progress, "looked_at", lambda: False)
+    threading.Timer(0.3, training._over.set).start()
+    assert training.wait() == []
+    monkeypatch.setattr(progress, "looked_at", lambda: True)
+    assert training.wait() == []
