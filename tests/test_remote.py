@@ -261,8 +261,13 @@ class TestSlurm:
             slurm_rig.resume()
         assert "of cluster batch lost a node" in sentence
 
-    def test_a_job_that_is_over_its_time_says_so(self, job):
-        sentence = broken(lambda: None, 2, job(partition="short", time="1"))
+    def test_a_job_that_is_over_its_time_says_so(self, job, slurm_rig):
+        def let_it_be_over():  # Slurm's shortest limit is a minute
+            number = slurm_rig.call("squeue", "-h", "-o", "%i").strip()
+            soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 2))
+            slurm_rig.call("scontrol", "update", f"JobId={number}", f"EndTime={soon}")
+
+        sentence = broken(let_it_be_over, 2, job())
         assert "of cluster batch was over its time limit: ask for more `time` in clusters.yml" in sentence
 
     def test_a_client_that_is_killed_has_its_job_cancelled(self, job, slurm_rig, tmp_path):
