@@ -7,6 +7,7 @@ import pytest
 from workbench import WorkbenchError
 from workbench.analysis import timeline
 from workbench.analysis.scaling_model import PARTS
+from workbench.training import cluster
 
 
 def written(path, *, steps=2, tensors=2):
@@ -90,23 +91,21 @@ def test_what_is_no_timeline_is_refused(tmp_path):
 
 
 @pytest.mark.mpi
-def test_ranks_write_a_timeline_of_the_watched_steps(ranks, tiny_config, tmp_path):
-    path, measure = tmp_path / "timeline.json", "workbench.training.trainer.measure_throughput"
-    told = ranks(2).run(measure, tiny_config, steps=3, warmup=1, timeline=str(path), watched=4)
-    assert len(told[0]["images_per_second"]) == len(told[0]["input_seconds"]) == 3
-    phases = timeline.exchange_phases(timeline.read_timeline(path))
-    assert len(phases) == 4
-    assert (phases[["negotiation", "all-reduce"]] > 0).all(axis=None)
-    assert phases.sum(axis=1).max() < 30
+def test_ranks_write_timelines_of_the_watched_steps(tiny_config, tmp_path):
+    measure = "workbench.training.trainer.measure_throughput"
+    with cluster.start(2, threads=1, oversubscribe=True, environment=cluster.RECORDING) as ranks:
+        for path in (tmp_path / "first.json", tmp_path / "second.json"):
+            told = ranks.run(measure, tiny_config, steps=3, warmup=1, timeline=str(path), watched=4)
+            assert len(told[0]["images_per_second"]) == len(told[0]["input_seconds"]) == 3
+            phases = timeline.exchange_phases(timeline.read_timeline(path))
+            # The writer may be a step behind.
+            assert 3 <= len(phases) <= 4
+            assert (phases[["negotiation", "all-reduce"]] > 0).all(axis=None)
+            assert phases.sum(axis=1).max() < 30
 
 
 @pytest.mark.mpi
-def test_horovod_keeps_no_writer_of_timelines_but_while_one_is_recorded(ranks, tiny_config, tmp_path):
+def test_ranks_that_are_not_to_record_have_no_writer_of_timelines(ranks, tmp_path):
     """Its thread never sleeps, and takes half a core from rank 0."""
-    measure, refused = "workbench.training.trainer.measure_throughput", []
-    for number in range(3):
-        refused += ranks(2).run("rank_functions.record_unasked", str(tmp_path / "unasked.json"))
-        path = tmp_path / f"{number}.json"
-        ranks(2).run(measure, tiny_config, steps=1, warmup=1, timeline=str(path), watched=3)
-        assert len(timeline.exchange_phases(timeline.read_timeline(path))) == 3
-    assert all("HOROVOD_TIMELINE" in said for said in refused), refused
+    for said in ranks(2).run("rank_functions.record_unasked", str(tmp_path / "unasked.json")):
+        assert "HOROVOD_TIMELINE" in said

@@ -47,6 +47,9 @@ LEAST_HANG_LIMIT = 5.0  # seconds; signs come every second, and a busy machine d
 # An engine is let in at the next beat but one: at ipyparallel's own pace, of three seconds, starting takes 7 s, not 3.
 # It is given up after the same half minute of silence.
 HEARTBEAT = ("period=500", "max_heartmonitor_misses=60")
+# Horovod: in the environment of ranks that are to record timelines. Not of all: told so, it keeps a thread on rank 0
+# that never sleeps, and takes half a core wherever ranks are idle or share their cores.
+RECORDING = {"HOROVOD_TIMELINE": "DYNAMIC"}
 STOPPING = 20.0  # seconds that an interrupted run gets to come to the end of its step
 
 

@@ -227,28 +227,17 @@ def gather(rows: np.ndarray) -> np.ndarray:
 def timeline(path: str | os.PathLike) -> Iterator[None]:
     """Record Horovod's timeline of the block to a file, on rank 0; without other ranks there is nothing to record.
 
-    `workbench.analysis.timeline` reads it. All ranks enter and leave the block together. Where it raises, Horovod is
-    left as it is: another rank may not come.
+    `workbench.analysis.timeline` reads it. Horovod records only where it was started with `cluster.RECORDING`.
     """
     if _hvd is None:
         yield
         return
-    # Horovod: told of a timeline, it keeps a thread on rank 0 that never sleeps and takes half a core from training. So
-    # it is started anew for the block, with a file and not "DYNAMIC", of which it bears only one in a process.
-    _start_anew(timeline=os.fspath(path))
-    yield
-    # What is still to be written would keep the next file from being opened.
-    _hvd.stop_timeline()
-    _start_anew()
-
-
-def _start_anew(*, timeline: str = "") -> None:
-    os.environ.pop("HOROVOD_TIMELINE", None)
-    if timeline:
-        os.environ["HOROVOD_TIMELINE"] = timeline
-    with exchange(), uncounted():
-        _hvd.shutdown()
-        _hvd.init()
+    # Horovod: the coordinator writes what all ranks do.
+    _hvd.start_timeline(os.fspath(path))
+    try:
+        yield
+    finally:
+        _hvd.stop_timeline()
 
 
 def average_batch_statistics(model: keras.Model) -> None:

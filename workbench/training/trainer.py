@@ -204,7 +204,7 @@ def measure_throughput(
         warmup: untimed steps before them (the first one compiles).
         limit: seconds that the timed steps may take in all; there are fewer of them then, but at least one.
         timeline: file for Horovod's timeline of further steps, which are not timed since recording slows them down;
-            written by rank 0, where there are other ranks.
+            written by rank 0, where there are other ranks, all started with `cluster.RECORDING`.
         watched: how many these are.
 
     Returns:
