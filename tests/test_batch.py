@@ -50,7 +50,9 @@ def root(tmp_path):
 
 @pytest.mark.notebooks
 def test_a_recipe_runs_through_all_notebooks_in_order(root, capsys):
+    before = dict(os.environ)
     folder = batch.run_recipe(root, "mine", overrides={"number_3": 30}, name="whole")
+    assert dict(os.environ) == before, "a notebook that is looked at later would get no panel"
     told = (folder / "told.txt").read_text().splitlines()
     assert told == [
         "('whole', 1, 2)",

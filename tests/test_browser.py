@@ -134,8 +134,6 @@ def open_notebook(page, lab, name: str) -> None:
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     # Before there is a kernel JupyterLab would ask for one.
     page.wait_for_selector("#jp-main-statusbar :text('| Idle')")
-    # And a widget whose kernel is asked to run before the page knows of it is never shown.
-    page.wait_for_timeout(3000)
 
 
 def run_all(page) -> None:

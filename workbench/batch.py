@@ -222,18 +222,35 @@ def execute(
     """Carry a run that has been made through these stages; `after` is called with each one that is done."""
     with runs.locked(folder):
         runs.update_run(folder, status="running", ended=None, parameters=parameters)
-        _execute(root, folder, parameters, stages, after)
+        with _unwatched():
+            _execute(root, folder, parameters, stages, after)
         runs.update_run(folder, status="finished", ended=runs.now())
         report.write_report(folder)
     return folder
 
 
-def _execute(root: Path, folder: Path, parameters: dict, stages: list[str], after: Callable | None) -> None:
-    os.environ["WORKBENCH_PLAIN_PROGRESS"] = "1"
+@contextlib.contextmanager
+def _unwatched() -> Iterator[None]:
+    """What kernels that nobody looks at are started with; afterwards this process is as it was."""
     # The kernel of this environment, whatever kernels the user has installed elsewhere.
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    wanted = {"WORKBENCH_PLAIN_PROGRESS": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     # A kernel that is shut down while its last message arrives is no error, but tornado would print it as one.
-    logging.getLogger("tornado.general").setLevel(logging.CRITICAL)
+    log = logging.getLogger("tornado.general")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _execute(root: Path, folder: Path, parameters: dict, stages: list[str], after: Callable | None) -> None:
     known = known_parameters(root)
     done = runs.read_run(folder)["stages"]
     planned = {stage: {"status": "planned", "seconds": 0.0} for stage in stages}
