@@ -216,7 +216,7 @@ BELOW = {
     "report": {"files", "runs"},
     "training": {"data", "files", "runs"},
 }
-ON_TOP = {"__main__", "batch", "cli", "doctor", "forecast", "plan", "preflight", "rerun", "rollcall", "sweep"}
+ON_TOP = {"__main__", "batch", "cli", "doctor", "estimate", "plan", "preflight", "rerun", "rollcall", "sweep"}
 ONLY_IN = {"horovod": "training/distributed.py", "ipyparallel": "training/cluster.py", "papermill": "batch.py"}
 HEAVY = {"horovod", "ipyparallel", "keras", "matplotlib", "pandas", "papermill", "sklearn", "tensorflow"}
 MADE_FOR_TENSORFLOW = {"horovod", "keras", "tensorflow"}

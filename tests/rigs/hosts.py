@@ -114,8 +114,9 @@ class Hosts:
         _ip("link", "set", self._cable(name), "down")
 
     def plug(self, name: str) -> None:
-        """Put the cable back."""
+        """Put the cable back, and wait until the host is reached again. Raises TimeoutError."""
         _ip("link", "set", self._cable(name), "up")
+        self._wait_for(name)
 
     def stop(self, name: str, *, silently: bool = False) -> None:
         """End a host with all its processes; silently, as without power: no connection is closed."""
@@ -141,12 +142,15 @@ class Hosts:
         peer = ["peer", "name", "eth0", "address", hardware, "netns", str(inside)]
         _ip("link", "add", cable, "type", "veth", *peer)
         _ip("link", "set", cable, "master", self.bridge, "up")
-        until = time.monotonic() + 10
-        while time.monotonic() < until and host.poll() is None:
+        self._wait_for(name)
+
+    def _wait_for(self, name: str) -> None:
+        until = time.monotonic() + 30
+        while time.monotonic() < until and self.running[name].poll() is None:
             with suppress(OSError), socket.create_connection((self.addresses[name], 22), timeout=1):
                 return
             time.sleep(0.02)
-        raise TimeoutError(f"{name} did not start:\n{log.read_text()}")
+        raise TimeoutError(f"{name} is not reached:\n{(self.folder / name / 'sshd.log').read_text()}")
 
     def _cable(self, name: str) -> str:
         return f"{self.bridge}-{name}"
