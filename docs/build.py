@@ -57,6 +57,8 @@ def main(run: str = "", place: str | Path = DOCS / "_build") -> int:
     shutil.copy(DOCS / "site.css", source / "static")
     for name, here in ELSEWHERE.items():
         shutil.copy(DOCS / name, source / here)
+    # The page of promises takes a table from it, as ../README.md.
+    shutil.copy(ROOT / "README.md", place)
     for page in pages:
         text = page.read_text()
         for name, here in ELSEWHERE.items():
