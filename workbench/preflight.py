@@ -93,7 +93,7 @@ def find_place(plan: Plan, *, start: bool) -> Iterator[Place]:
     hosts = len(site.hosts) or site.nodes
     slot = f"{hosts} host{'s' * (hosts > 1)}"
     place = Place(f"the cluster {site.name}", site.slots, slot, hosts, 0, site.gpus_per_node, None)
-    if not start or plan.workers > site.slots:
+    if not start:
         yield place
         return
     print(f"Starting {plan.workers} workers on {place.name}.", flush=True)
