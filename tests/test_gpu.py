@@ -1,6 +1,9 @@
 """What only a GPU can show. On a machine without one the same bodies run on the processor where they can."""
 
 import subprocess
+import sys
+import time
+import types
 
 import keras
 import numpy as np
@@ -104,3 +107,44 @@ def test_a_process_takes_the_memory_that_it_comes_to_need():
     used, total = map(float, told.splitlines()[0].split(","))
     # Without growth TensorFlow takes nearly all of the card at once.
     assert used < 0.5 * total
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
+def test_the_use_of_a_gpu_is_that_of_the_one_that_computes():
+    distributed.start()
+    numbers = tf.random.normal((4000, 4000))
+    multiply = tf.function(lambda x: tf.while_loop(lambda i, _: i < 500, lambda i, y: (i + 1, x @ y / 4000), (0, x))[1])
+    deadline, seen = time.monotonic() + 5, 0.0
+    while time.monotonic() < deadline:
+        multiply(numbers).numpy()
+        seen = max(seen, distributed.measure_gpu()["gpu_use"])
+    assert 0.5 < seen <= 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "number", "asked"),
+    [(None, 1, 1), ("", 0, 0), ("3,5", 1, 5), ("GPU-12ab, GPU-34cd", 1, "GPU-34cd"), ("3", 1, None)],
+)
+def test_a_gpu_is_asked_for_by_the_number_that_the_driver_gives_it(visible, number, asked, monkeypatch):
+    """Against a stand-in for NVIDIA's library, which is there where a driver is."""
+    library = types.ModuleType("pynvml")
+    library.NVMLError = RuntimeError
+    library.nvmlInit = lambda: None
+    library.nvmlDeviceGetHandleByIndex = library.nvmlDeviceGetHandleByUUID = lambda name: name
+    rates, told = types.SimpleNamespace(gpu=40), []
+    library.nvmlDeviceGetUtilizationRates = lambda handle: (told.append(handle), rates)[1]
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    distributed._gpu_handle.cache_clear()
+    assert distributed._gpu_use(number) == (None if asked is None else 0.4)
+    assert told == ([] if asked is None else [asked])
+    distributed._gpu_handle.cache_clear()
+
+
+@pytest.mark.skipif(GPUS > 0, reason="here is a GPU")
+def test_without_a_driver_the_use_of_a_gpu_is_not_known():
+    assert distributed._gpu_use(0) is None

@@ -42,6 +42,19 @@ def test_the_slowest_rank_is_marked_once_all_have_measured():
     assert "<b>1 ◀ slowest</b>" in progress.rank_table(STATE["ranks"])
 
 
+def test_the_use_of_a_gpu_is_shown_where_there_is_one():
+    assert "GPU" not in progress.rank_table(STATE["ranks"])
+    ranks = [RANK | {"gpu_memory": 3 * 2**30, "gpu_use": 0.87}, RANK | {"gpu_memory": 2**30}]
+    assert progress.rank_lines(ranks)[0].endswith(
+        "1.00 GiB, 3.00 GiB of the GPU, the GPU computes 87% of the time, the slowest"
+    )
+    table = progress.rank_table(ranks)
+    assert "GPU memory</th>" in table
+    assert "GPU use</th>" in table
+    assert "3.00 GiB</td><td style='padding:0 8px;text-align:right'>87%</td>" in table
+    assert "1.00 GiB</td><td style='padding:0 8px;text-align:right'></td>" in table
+
+
 def test_time_left_counts_this_epoch_and_those_after_it():
     assert progress.time_left(STATE) == "about 10 s of this epoch and 50 s of training left"
     first = STATE | {"history": [], "epoch": 1}

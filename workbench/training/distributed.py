@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import keras
 import numpy as np
@@ -69,6 +70,7 @@ def start(threads: int = 0) -> World:
             hvd.init()
         _hvd = hvd
         world = World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), threads)
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # in which NVML numbers them too
     gpus = tf.config.list_physical_devices("GPU")
     if 0 < len(gpus) < world.local_size:
         raise WorkbenchError(
@@ -92,6 +94,45 @@ def settle_precision(precision: str) -> str:
         capability = tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", capability)
     # Horovod: ranks of different precision would hold different variables, and wait for each other for ever.
     return precision_for(min(map(tuple, gather(np.array([capability])).tolist())))
+
+
+def measure_gpu() -> dict[str, float]:
+    """What this rank's GPU does; empty without one.
+
+    Returns:
+        `gpu_memory`, the bytes that TensorFlow holds of it, and, where NVIDIA's NVML tells it, `gpu_use`, the share of
+        about the last second in which it computed, 0 to 1.
+    """
+    gpus = tf.config.get_visible_devices("GPU")
+    if not gpus:
+        return {}
+    use = _gpu_use(int(gpus[0].name.rpartition(":")[2]))
+    memory = {"gpu_memory": tf.config.experimental.get_memory_info("GPU:0")["current"]}
+    return memory if use is None else memory | {"gpu_use": use}
+
+
+def _gpu_use(number: int) -> float | None:
+    try:
+        import pynvml  # which only the environment for GPUs has
+    except ImportError:
+        return None
+    try:
+        return pynvml.nvmlDeviceGetUtilizationRates(_gpu_handle(number)).gpu / 100
+    except (pynvml.NVMLError, IndexError):  # such as of a part of a GPU (MIG), or by a name that was shortened
+        return None
+
+
+@lru_cache
+def _gpu_handle(number: int):
+    import pynvml
+
+    pynvml.nvmlInit()
+    # NVML counts all GPUs of the host, TensorFlow those that this process may use.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    name = visible.split(",")[number].strip() if visible else str(number)
+    if name.isdigit():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def _compute_alike() -> None:

@@ -198,6 +198,8 @@ def rank_lines(ranks: list[dict]) -> list[str]:
             ]
         if "gpu_memory" in told:
             parts.append(f"{told['gpu_memory'] / 2**30:.2f} GiB of the GPU")
+        if "gpu_use" in told:
+            parts.append(f"the GPU computes {told['gpu_use']:.0%} of the time")
         if parts:
             found.append(f"rank {rank}: {', '.join(parts)}{', the slowest' if rank == slowest else ''}")
     return found
@@ -259,7 +261,11 @@ def rank_table(ranks: list[dict]) -> str:
     """What each rank measures of itself as an HTML table, the slowest one marked."""
     slowest, rows = find_slowest(ranks), []
     names = ["rank", "images/s by itself", "waits for input", "in the exchange", "memory"]
-    gpus = any("gpu_memory" in told for told in ranks)
+    shown = {
+        "gpu_memory": ("GPU memory", lambda held: f"{held / 2**30:.2f} GiB"),
+        "gpu_use": ("GPU use", "{:.0%}".format),
+    }
+    gpu = {name: how for name, how in shown.items() if any(name in told for told in ranks)}
     for rank, told in enumerate(ranks):
         paced = "images_per_second" in told
         cells = [
@@ -269,8 +275,8 @@ def rank_table(ranks: list[dict]) -> str:
             f"{told['exchange_share']:.1%}" if paced else "",
             f"{told['memory'] / 2**30:.2f} GiB" if "memory" in told else "",
         ]
-        rows.append([*cells, f"{told.get('gpu_memory', 0) / 2**30:.2f} GiB"] if gpus else cells)
-    return _table([*names, "GPU memory"] if gpus else names, rows)
+        rows.append(cells + [write(told[name]) if name in told else "" for name, (_, write) in gpu.items()])
+    return _table(names + [title for title, _ in gpu.values()], rows)
 
 
 def duration(seconds: float) -> str:

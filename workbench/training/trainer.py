@@ -479,8 +479,7 @@ def _measure_pace(before: _Pace, now: _Pace, batch_size: int) -> _Pace:
         input_wait_share=(now.waited - before.waited) / seconds,
         exchange_share=min(max(exchanging / seconds, 0.0), 1.0),
     )
-    if tf.config.list_logical_devices("GPU"):
-        pulse.measure(gpu_memory=tf.config.experimental.get_memory_info("GPU:0")["current"])
+    pulse.measure(**distributed.measure_gpu())
     return now
 
 
