@@ -23,6 +23,15 @@ def pytest_configure():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    """Two processes run the tests: one those that start workers, the other first those that wait more than compute."""
+    for item in items:
+        if any(map(item.get_closest_marker, ("browser", "slurm", "ssh"))):
+            item.add_marker(pytest.mark.xdist_group("rigs"))
+        elif any(map(item.get_closest_marker, ("mpi", "notebooks", "gpu", "gpubuild"))):
+            item.add_marker(pytest.mark.xdist_group("workers"))
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """A made-up data set of about 130 images, in NIH's layout."""

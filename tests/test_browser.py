@@ -105,7 +105,7 @@ def page(lab):
         # As root Chromium's own sandbox cannot be made.
         arguments = ["--disable-dev-shm-usage"] + ["--no-sandbox"] * (os.getuid() == 0)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        page = browser.new_page(viewport={"width": 1400, "height": 1100})
+        page = browser.new_context(viewport={"width": 1400, "height": 1100}).new_page()
         page.set_default_timeout(PATIENCE)
         page.on("dialog", lambda dialog: dialog.accept())  # leaving a page with changes
         while True:
@@ -124,7 +124,7 @@ def page(lab):
 def shot(page, tmp_path):
     folder = Path(os.environ.get("WORKBENCH_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
-    yield lambda name: page.screenshot(path=folder / f"{name}.png")
+    yield lambda name, page=page: page.screenshot(path=folder / f"{name}.png")
     page.screenshot(path=folder / "last.png")  # what stood there when a test failed
 
 
@@ -154,6 +154,7 @@ def show(page, text: str):
 
 
 ERRORS = '.jp-OutputArea-output:is([data-mime-type$="jupyter.error"], [data-mime-type$="jupyter.stderr"])'
+CHANGED = "text => ![...document.querySelectorAll('.jp-OutputArea-output')].some(one => one.innerText === text)"
 ALL_RUN = """() => {
     const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(one => one.innerText);
     const failed = document.querySelector('[data-mime-type$="jupyter.error"], [data-mime-type$="jupyter.stderr"]');
@@ -199,6 +200,7 @@ def test_training_is_watched_and_stopped(page, lab, project, shot):
     page.locator(".widget-image").wait_for()
     show(page, "so far")
     shot("03-training")
+    look_from_elsewhere(page, lab, project, shot)
     page.locator('.jp-NotebookPanel-toolbar [data-command="notebook:interrupt-kernel"]').click()
     said = page.locator(ERRORS, has_text="Interrupted")
     said.wait_for()
@@ -207,6 +209,24 @@ def test_training_is_watched_and_stopped(page, lab, project, shot):
     assert "Traceback" not in said.inner_text()
     show(page, "It was stopped")
     shot("03-stopped")
+
+
+def look_from_elsewhere(page, lab, project, shot) -> None:
+    """In another notebook of another page while a cell of notebook 03 trains."""
+    code = "from workbench import runs\nfrom workbench.training import progress\n\n"
+    code += "progress.follow(runs.find_run(runs.project_root(), 'seen'))"
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    cells = [nbformat.v4.new_code_cell(code)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), project / "notebooks" / "elsewhere.ipynb")
+    other = page.context.new_page()
+    other.set_default_timeout(PATIENCE)
+    open_notebook(other, lab, "elsewhere")
+    run_all(other)
+    other.locator(".widget-image").wait_for()
+    before = show(other, "images/s in all").inner_text()
+    other.wait_for_function(CHANGED, arg=before)
+    shot("03-from-elsewhere", other)
+    other.close()
 
 
 def test_training_in_the_background_is_found_again_by_a_reloaded_page(page, lab, project, shot):
@@ -225,8 +245,7 @@ def test_training_in_the_background_is_found_again_by_a_reloaded_page(page, lab,
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     before = show(page, "images/s in all").inner_text()
     shot("03-reloaded")
-    changes = "text => ![...document.querySelectorAll('.jp-OutputArea-output')].some(one => one.innerText === text)"
-    page.wait_for_function(changes, arg=before)
+    page.wait_for_function(CHANGED, arg=before)
     page.get_by_role("button", name="Stop at the next step").click()
     show(page, "It was stopped")
     shot("03-stopped-by-the-panel")

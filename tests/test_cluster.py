@@ -98,7 +98,7 @@ def test_the_first_error_of_a_rank_ends_the_run(kind, error, said):
         began = time.monotonic()
         with pytest.raises(error, match=said):
             ranks.run("rank_functions.raise_on", 1, kind)
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 60
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 

@@ -174,11 +174,12 @@ def test_slurm_that_does_not_answer_is_a_warning(monkeypatch, tmp_path):
     if shutil.which("sinfo") is None:
         pytest.skip("there is no sinfo here")
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none.conf"))
-    check = doctor._slurm(machine.read_partitions(timeout=3))
+    check = doctor._slurm(machine.read_partitions(timeout=1))
     assert (check.status, bool(check.advice)) == ("warning", True)
-    assert "sinfo: " in check.found or check.found == "no answer within 3 s"
+    assert "sinfo: " in check.found or check.found == "no answer within 1 s"
 
 
+@pytest.mark.slurm
 def test_partitions_of_a_real_slurm(monkeypatch):
     if reason := rigs.why_not(*slurm.PROGRAMS):
         pytest.skip(reason)

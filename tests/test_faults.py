@@ -205,13 +205,17 @@ def resize(place: Path, megabytes: float) -> None:
     subprocess.run(["mount", "-o", f"remount,size={int(megabytes * 1024)}k", place], check=True)
 
 
+@pytest.fixture(scope="module")
+def straight(tiny_config, tmp_path_factory):
+    """Three epochs without a disturbance: their configuration, and what training told."""
+    config = replace(tiny_config, epochs=3, best_by="loss")
+    return config, trainer.train(config, runs.create_run(tmp_path_factory.mktemp("straight"), "straight"))
+
+
 @needs_root
 @pytest.mark.parametrize("fills", ["checkpoint", "model.keras", "history.csv"])
-def test_a_full_disk_keeps_the_epoch_before_and_is_resumed_when_there_is_room(
-    tiny_config, new_run, tmp_path, monkeypatch, fills
-):
-    config = replace(tiny_config, epochs=3, best_by="loss")
-    expected = trainer.train(config, new_run("straight"))
+def test_a_full_disk_keeps_the_epoch_before_and_is_resumed_when_there_is_room(straight, tmp_path, monkeypatch, fills):
+    config, expected = straight
     with small_disk(tmp_path / "disk", 16) as disk:
         folder = runs.create_run(disk, "full")
         trainer.train(replace(config, epochs=1), folder)

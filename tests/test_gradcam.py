@@ -23,7 +23,8 @@ def class_activation_maps(model, radiographs, columns):
     return maps / np.where(top > 0, top, 1)
 
 
-@pytest.mark.parametrize("name", network.NETWORKS)
+# One of each family: the others have the same layers more often.
+@pytest.mark.parametrize("name", ["DenseNet121", "ResNet50", "VGG16", "MobileNetV2", "Tiny"])
 def test_every_network_s_map_is_its_class_activation_map(name, radiographs):
     keras.utils.set_random_seed(1)
     model = network.build_network(name, findings=3, image_size=64, weights=None)
@@ -35,7 +36,7 @@ def test_every_network_s_map_is_its_class_activation_map(name, radiographs):
     np.testing.assert_allclose(scores, model(radiographs).numpy()[range(5), columns], atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "precision"), [("DenseNet121", "mixed_bfloat16"), ("DenseNet121", "mixed_float16")])
+@pytest.mark.parametrize(("name", "precision"), [("DenseNet121", "mixed_bfloat16"), ("ResNet50", "mixed_float16")])
 def test_mixed_precision_is_close_to_float32(name, precision, radiographs):
     keras.utils.set_random_seed(0)
     exact = network.build_network(name, findings=3, image_size=64, weights=None)

@@ -293,7 +293,10 @@ def test_a_record_that_is_whole_but_no_radiograph_is_named(shard_folder, tiny_co
         trainer.train(replace(tiny_config, shard_folder=str(folder)), new_run())
 
 
-def test_damaged_records_are_skipped_listed_and_every_other_image_is_used_once(damaged, tiny_config, new_run, capsys):
+def test_damaged_records_are_skipped_listed_and_every_other_image_is_used_once(
+    damaged, tiny_config, new_run, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     config = replace(tiny_config, shard_folder=str(damaged), damaged_records="skip", damaged_limit=4)
     before = {path.name: path.read_bytes() for path in damaged.iterdir()}
     folder, again = new_run("first"), new_run("second")
@@ -319,7 +322,7 @@ def test_damaged_records_are_skipped_listed_and_every_other_image_is_used_once(d
     assert "`epochs` 1 -> 2" in said
     assert "shard_folder" not in said, "the copies' folder is nobody's business"
     pd.testing.assert_frame_equal(history_of(folder), history_of(again), check_exact=True)
-    assert not list(Path(tempfile.gettempdir()).glob("workbench-shards-*"))
+    assert not list(tmp_path.glob("workbench-shards-*"))
     assert runs.skipped_images(folder) == list(skipped["image"])
     assert runs.skipped_images(folder.parent) == []
 
@@ -429,7 +432,7 @@ print(trainer.weights_digest(model))
 
 def test_two_processes_compute_the_same_step_to_the_last_bit():
     """TensorFlow's memory optimiser would add up the gradients of dense blocks in an order of each process's own."""
-    command = [sys.executable, "-c", GRADIENTS]
-    told = {subprocess.run(command, capture_output=True, text=True, timeout=200).stdout for _ in range(2)}
+    running = [subprocess.Popen([sys.executable, "-c", GRADIENTS], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = {process.communicate(timeout=200)[0] for process in running}
     assert len(told) == 1
     assert len(told.pop().strip()) == 64

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,7 @@ IMAGENET = {"MobileNetV2": "mobilenet_v2"}  # where Keras's file is not called a
 _COUNT = """
 import json, sys
 from workbench.training import trial
-held = trial.count_network(**json.loads(sys.argv[1]))
-told = json.loads(sys.argv[2])
-print(json.dumps(held | {"rank": trial.estimate_memory(held, **told), "shared": trial.SHARED, "within": trial.ERROR,
-    "gpu": trial.estimate_gpu_memory(held, batch_size=told["batch_size"])}))
+print(json.dumps(trial.count_network(**json.loads(sys.argv[1]))))
 """
 
 
@@ -254,22 +252,30 @@ def _workers(plan: Plan, place: Place) -> Check:
 
 
 def _count(plan: Plan) -> dict:
-    """What the network holds, counted in a process of its own: this one stays without TensorFlow."""
+    """What the network and a rank hold, see `trial.count_network`, or {"error": why that is not known}."""
     config = plan.config
     network = {"name": config.network, "findings": plan.findings}
-    network |= {name: getattr(config, name) for name in ("image_size", "precision")}
+    held = _count_network(json.dumps(network | {name: getattr(config, name) for name in ("image_size", "precision")}))
+    if "error" in held:
+        return held
     # Encoded records that are shuffled, and batches that are read ahead.
     waiting = min(pipeline.SHUFFLED_RECORDS, plan.images["train"] // plan.workers) * plan.image_bytes
     waiting += 4 * config.batch_size * config.image_size**2
-    told = {"batch_size": config.batch_size, "ranks": plan.workers, "input_bytes": int(waiting)}
-    return machine.run_python(_COUNT, json.dumps(network), json.dumps(told), timeout=TIMEOUT)
+    rank = estimate.memory_of_rank(held, batch_size=config.batch_size, ranks=plan.workers, input_bytes=int(waiting))
+    return held | {"rank": rank, "gpu": estimate.memory_of_gpu(held, batch_size=config.batch_size)}
+
+
+@lru_cache
+def _count_network(network: str) -> dict:
+    """In a process of its own, which takes seconds: this one stays without TensorFlow."""
+    return machine.run_python(_COUNT, network, timeout=TIMEOUT)
 
 
 def _memory(plan: Plan, place: Place, held: dict, told: list[dict] | None) -> Check:
     ranks = math.ceil(plan.workers / place.hosts)
     rank = held["rank"]
-    host = held["shared"] + ranks * (rank - held["shared"]) + OTHERS
-    found = f"{_size(rank)} a rank, {_size(host)} a host, of {_size(place.memory)} available; ± {held['within']:.0%}"
+    host = estimate.SHARED + ranks * (rank - estimate.SHARED) + OTHERS
+    found = f"{_size(rank)} a rank, {_size(host)} a host, of {_size(place.memory)} available; ± {estimate.ERROR:.0%}"
     if told:
         found += f", {_size(max(one['peak_bytes'] for one in told))} a rank measured"
     if place.gpus:
@@ -277,11 +283,11 @@ def _memory(plan: Plan, place: Place, held: dict, told: list[dict] | None) -> Ch
         found += f"; {_size(held['gpu'])} on each GPU" + (f", {_size(gpu)} measured" if gpu else ", a rough guess")
     advice = "use a smaller `batch_size`, fewer `workers`, or `precision` mixed_bfloat16"
     if not place.memory:
-        found = f"{_size(rank)} a rank, {_size(host)} a host; ± {held['within']:.0%}"
+        found = f"{_size(rank)} a rank, {_size(host)} a host; ± {estimate.ERROR:.0%}"
         return Check("Memory", "ok", f"{found}; what the hosts have is known when workers are there")
     if host > place.memory:
         return Check("Memory", "failed", found, advice)
-    if host * (1 + held["within"]) > place.memory:
+    if host * (1 + estimate.ERROR) > place.memory:
         return Check("Memory", "warning", found, f"it may not be enough: {advice}")
     return Check("Memory", "ok", found)
 

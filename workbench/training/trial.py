@@ -1,10 +1,9 @@
-"""What training would take here: memory from the network's own layers, time and memory from a few real steps.
+"""What training would take here: what a network's own layers hold, time and memory from a few real steps.
 
-`count_network` and `estimate_memory` need no data and no ranks; `try_steps` is run on the ranks that would train.
-Nothing is kept. What it means for a recipe is said by `workbench.preflight`.
+`count_network` needs no data and no ranks; `try_steps` is run on the ranks that would train. Nothing is kept. What it
+means for a recipe is said by `workbench.estimate` and `workbench.preflight`.
 
-    held = count_network("DenseNet121", findings=14, image_size=224, precision="float32")
-    estimate_memory(held, batch_size=16, ranks=2, input_bytes=10**8)       # bytes of one rank
+    count_network("DenseNet121", findings=14, image_size=224, precision="float32")["parameters"]
     with cluster.start(2) as ranks:
         told = ranks.run("workbench.training.trial.try_steps", config, seconds=30)[0]
 """
@@ -27,16 +26,6 @@ from workbench.data import pipeline, shards
 from workbench.training import distributed, network, trainer
 from workbench.training.config import TrainConfig
 from workbench.training.pulse import beat
-
-# Fitted to the peaks of fifteen pairs of ranks: DenseNet-121 and -201, ResNet-50, VGG-16, MobileNetV2 and Tiny, 64 to
-# 256 px, 8 to 64 images, float32 and bfloat16, on CPUs. They came to 0.88 to 1.09 of what was measured.
-PROCESS = 560 * 2**20  # bytes of a rank that has loaded TensorFlow
-HOROVOD = 140 * 2**20  # and of Horovod and MPI in it
-LAYER = 0.45 * 2**20  # of the graph that a layer becomes
-WEIGHTS = 6.9  # times the weights: themselves, their gradients, Adam's two moments, and copies on the way
-HELD_TIMES = 1.18  # times what the backward pass holds: gradients that pass through it
-SHARED = 290 * 2**20  # bytes of libraries that are in the memory once for all ranks of a host
-ERROR = 0.3  # of the estimate; twice what was seen, since memory also depends on the moment
 
 HELD = (
     keras.layers.Activation,
@@ -67,26 +56,6 @@ def count_network(name: str, *, findings: int, image_size: int, precision: str) 
         held += size if isinstance(layer, HELD) else 0
         joined += size if isinstance(layer, keras.layers.Concatenate) else 0
     return {"parameters": model.count_params(), "layers": len(model.layers), "held": held, "joined": joined}
-
-
-def estimate_memory(held: dict, *, batch_size: int, ranks: int, input_bytes: int) -> int:
-    """Bytes of one rank at its largest, while training on CPUs, to within ERROR.
-
-    Args:
-        held: of `count_network`.
-        batch_size: images of one rank and step.
-        ranks: how many ranks there are.
-        input_bytes: that reading ahead and shuffling hold.
-    """
-    weights = 4 * held["parameters"]
-    process = PROCESS + (HOROVOD if ranks > 1 else 0) + LAYER * held["layers"]
-    return int(process + WEIGHTS * weights + HELD_TIMES * batch_size * held["held"] + input_bytes)
-
-
-def estimate_gpu_memory(held: dict, *, batch_size: int) -> int:
-    """Bytes on a GPU, where concatenations are carried out as well. Nothing on a GPU has been measured against it."""
-    activations = held["held"] + held["joined"]
-    return int(4 * 4 * held["parameters"] + HELD_TIMES * batch_size * activations + 2**30)
 
 
 def try_steps(config: TrainConfig, *, seconds: float = 20.0, steps: int = 10) -> dict:
