@@ -63,6 +63,16 @@ def weights_after_training(config, folder, **settings):
         return told[0]["weights_sha256"], ranks.hosts
 
 
+@pytest.fixture
+def module(tmp_path):
+    """A module of the hosts' environment-modules that sets a variable; the path is a name that `module load` takes."""
+    if subprocess.run(["bash", "-lc", "type module"], capture_output=True).returncode:
+        pytest.skip("environment-modules not found: run tests/rigs/install")
+    path = tmp_path / "fabric"
+    path.write_text("#%Module\nsetenv FROM_MODULE yes\n")
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def here(tiny_config, tmp_path_factory):
     """What two ranks on this host end with, of one thread each."""
@@ -109,7 +119,7 @@ def killed_client(site_name, folder, ready):
 @pytest.mark.ssh
 class TestHosts:
     def test_two_hosts_train_the_network_that_one_does(self, two_hosts, here, tiny_config, tmp_path):
-        site = two_hosts(hosts={"node1": 1, "node2": 1}, setup=["export FROM_SETUP=1"])
+        site = two_hosts(hosts={"node1": 1, "node2": 1}, setup=["ulimit -c 0"])
         digest, where = weights_after_training(replace(tiny_config, threads=1), tmp_path, site=site)
         assert where == ["node1", "node2"]
         assert digest == here
@@ -121,6 +131,14 @@ class TestHosts:
             told = ranks.run("rank_functions.world")
         assert {rank["threads"] for rank in told} == {max(1, len(os.sched_getaffinity(0)) // 2)}
         wait_until(lambda: not of_hosts(ssh_rig), 60, lambda: of_hosts(ssh_rig))
+
+    def test_modules_and_setup_come_before_the_workers(self, two_hosts, module):
+        site = {"hosts": {"node1": 1, "node2": 1}, "setup": ["export FROM_SETUP=$FROM_MODULE"]}
+        with cluster.start(2, site=two_hosts(modules=[module], **site)) as ranks:
+            assert ranks.run("os.getenv", "FROM_SETUP") == ["yes", "yes"]
+        sentence, seconds = refusal(2, two_hosts(modules=["nosuch"], **site))
+        assert "nosuch" in sentence
+        assert seconds < 60
 
     def test_the_doctor_calls_the_roll(self, two_hosts, capsys):
         assert rollcall.main(two_hosts(hosts={"node1": 1, "node2": 1})) == 0
@@ -219,6 +237,15 @@ class TestSlurm:
         said = capsys.readouterr().out
         assert said.index("#SBATCH --ntasks=2") < said.index("is running on n[1-2]")
         assert not list((tmp_path / "work").iterdir())
+        assert not slurm_rig.call("squeue", "-h")
+
+    def test_modules_and_setup_come_before_the_workers(self, job, slurm_rig, module):
+        setup = ["export FROM_SETUP=$FROM_MODULE"]
+        with cluster.start(2, site=job(modules=[module], setup=setup)) as ranks:
+            assert ranks.run("os.getenv", "FROM_SETUP") == ["yes", "yes"]
+        sentence, seconds = refusal(2, job(modules=["nosuch"], setup=setup))
+        assert "nosuch" in sentence
+        assert seconds < 60
         assert not slurm_rig.call("squeue", "-h")
 
     def test_what_slurm_does_not_take_is_said_at_once(self, job, slurm_rig, capfd):

@@ -82,4 +82,6 @@ def test_a_job_asks_for_what_its_workers_need(tmp_path):
     lines = slurm.write_script(site, workers=6, **told).splitlines()
     asked = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
     assert {"nodes=2", "ntasks=6", "ntasks-per-node=4", "gpus-per-node=4", "partition=gpu", "mem=64G"} <= asked
-    assert lines[-3:] == ["module load cuda", "ulimit -l", "exec mpiexec --bind-to none -n 6 engine"]
+    # A login shell knows `module`.
+    assert lines[0] == "#!/bin/bash -l"
+    assert lines[-3:] == ["module load cuda || exit 1", "ulimit -l", "exec mpiexec --bind-to none -n 6 engine"]

@@ -310,11 +310,8 @@ class _Processes:
         engines = self._made.engine_set
         lines = postmortem.log_lines(engines) if engines is not None else []
         which, how = postmortem.read_mpiexec(lines, None)
-        said = (
-            f"rank {which}: {how}"
-            if which is not None
-            else " ".join(text for _, text in postmortem.tagged(lines))[:400]
-        )
+        words = [text for number, text in postmortem.tagged(lines) if which in (None, number)]
+        said = " ".join(words)[:400] if which is None else ": ".join([f"rank {which}: {how}", *words[-1:]])[:400]
         said = said or " ".join(line for line in lines if not line.startswith("["))[:400]
         late = f"did not come up within {timeout:.0f} s" if isinstance(error, TimeoutError) else "did not start"
         return f"The {workers} workers {late} ({said or error}): run `workbench doctor`, or ask for fewer."

@@ -79,10 +79,8 @@ def _on_hosts(config: Config, site: Site, folder: str, workers: int, threads: in
     launcher.mpi_args = ["--host", slots, *ssh, *arguments, *forwarded]
     launcher.environment = variables
     launcher.engine_cmd = ENGINE
-    before = [f"module load {shlex.quote(module)}" for module in site.modules] + list(site.setup)
-    if before:
-        # A login shell, since it is one that knows `module`.
-        launcher.engine_cmd = ["bash", "-lc", "\n".join([*before, 'exec "$@"']), "worker", *ENGINE]
+    if site.before:
+        launcher.engine_cmd = ["bash", "-lc", "\n".join([*site.before, 'exec "$@"']), "worker", *ENGINE]
 
 
 def _in_job(config: Config, site: Site, folder: str, workers: int, threads: int, variables: dict) -> None:

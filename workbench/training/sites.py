@@ -9,6 +9,7 @@ It starts nothing: `workbench.training.cluster` does.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,11 @@ class Site:
     def slots(self) -> int:
         """How many workers it takes; 0 for this host, whose cores and GPUs tell."""
         return {"local": 0, "hosts": sum(self.hosts.values()), "slurm": self.nodes * self.tasks_per_node}[self.kind]
+
+    @property
+    def before(self) -> list[str]:
+        """Lines of a login shell, which knows `module`, that prepare a host; a module that is not there ends it."""
+        return [f"module load {shlex.quote(module)} || exit 1" for module in self.modules] + list(self.setup)
 
     def check_workers(self, workers: int) -> None:
         """Refuse more workers than this place takes.

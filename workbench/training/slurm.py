@@ -90,8 +90,8 @@ def write_script(site: Site, *, workers: int, name: str, log: Path, mpiexec: Seq
     lines = [f"#SBATCH --{key}={value}" for key, value in asked.items() if value not in ("", 0)]
     # A job that began anew would find its workers' connection gone.
     lines += ["#SBATCH --no-requeue", *(f"#SBATCH {option}" for option in site.options)]
-    lines += [f"module load {shlex.quote(module)}" for module in site.modules] + list(site.setup)
-    return "\n".join(["#!/bin/bash", *lines, f"exec {shlex.join(mpiexec)} -n {workers} {command}", ""])
+    shell = "#!/bin/bash -l" if site.modules else "#!/bin/bash"
+    return "\n".join([shell, *lines, *site.before, f"exec {shlex.join(mpiexec)} -n {workers} {command}", ""])
 
 
 def refusal(said: str, site: Site) -> str:
@@ -136,13 +136,14 @@ class Job:
         return self._state
 
     def wait_in_queue(self) -> None:
-        """Print how it stands until it runs.
+        """Print how it stands until it runs, or has run.
 
         Raises:
             WorkbenchError: it never will, has ended, or waits longer than the cluster's `queue_limit`.
         """
         began, told = time.monotonic(), ""
-        while not (state := self.state()).running:
+        # One that has ended by itself ran, if only for a moment: what it said is in its log.
+        while not (state := self.state()).running and state.word not in ("COMPLETED", "FAILED"):
             waited = time.monotonic() - began
             if not state.queued or state.reason in NEVER or (state.reason == AT_FIRST and waited > NOT_SAID):
                 raise WorkbenchError(self.explain())
