@@ -9,6 +9,7 @@ import pytest
 from rigs import hosts, slurm, why_not
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["COLUMNS"] = "120"  # lines are folded alike, wherever the tests run
 # The workers import the functions that tests run on them from here.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
@@ -23,13 +24,15 @@ def pytest_configure():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items):
-    """Two processes run the tests: one those that start workers, the other first those that wait more than compute."""
+    """Two processes share the tests. Those of a module that start workers stay together, and so do all on the rigs."""
     for item in items:
-        if any(map(item.get_closest_marker, ("browser", "slurm", "ssh"))):
+        names = {mark.name for mark in item.iter_markers()}
+        if names & {"slurm", "ssh"}:
             item.add_marker(pytest.mark.xdist_group("rigs"))
-        elif any(map(item.get_closest_marker, ("mpi", "notebooks", "gpu", "gpubuild"))):
-            item.add_marker(pytest.mark.xdist_group("workers"))
+        elif names & {"mpi", "notebooks", "browser", "gpu", "gpubuild"}:
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
 @pytest.fixture(scope="session")

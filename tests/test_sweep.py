@@ -263,6 +263,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_to_the_undisturbed_one_s_t
         if name == "killed":
             with start(project, *command) as running:
                 wait_for(lambda: is_training(project, "s-learning_rate-0.003"), 300)  # noqa: B023
+                wait_for(lambda: (project / "results" / "s-learning_rate-0.001" / "run.json").exists())  # noqa: B023
                 family = psutil.Process(running.pid).children(recursive=True)
                 assert len(family) >= 2
                 running.kill()
