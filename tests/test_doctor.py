@@ -101,7 +101,7 @@ def test_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "DRIVER", tmp_path)
     (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
     assert doctor._ranks().found.startswith(f"`workers: 0` starts 1, one a GPU, with {CORES} thread")
-    assert "environment.yml" in doctor._gpus(CPU).advice
+    assert "make setup-gpu, or environment.yml" in doctor._gpus(CPU).advice
     assert "CUDA_VISIBLE_DEVICES" in doctor._gpus(GPU | {"gpus": []}).advice
 
 

@@ -164,7 +164,6 @@ def started():
     return model, radiographs, differentiate(exact, exact, radiographs), exact(radiographs).numpy()
 
 
-@pytest.mark.xdist_group("started")
 @pytest.mark.parametrize("compiled", WAYS)
 def test_the_network_in_float32_is_no_further_from_float64_than_plain_keras(compiled, started):
     model, radiographs, exact, inferred = started
@@ -178,7 +177,6 @@ def test_the_network_in_float32_is_no_further_from_float64_than_plain_keras(comp
     assert distance(compute(radiographs).numpy(), inferred) < 1e-5
 
 
-@pytest.mark.xdist_group("started")
 def test_the_network_in_bfloat16_is_no_further_from_float32_than_plain_keras(started):
     model = started[0]
     mixed = network.build_network("DenseNet121", findings=14, image_size=64, weights=None, precision="mixed_bfloat16")

@@ -10,8 +10,6 @@ from workbench import WorkbenchError
 from workbench.data import chestxray14, radiographs, synthetic
 from workbench.data.chestxray14 import FINDINGS
 
-pytestmark = pytest.mark.xdist_group("default")  # the data set, which takes seconds to write
-
 
 @pytest.fixture(scope="module")
 def default(tmp_path_factory):

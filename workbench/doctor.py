@@ -18,7 +18,7 @@ from pathlib import Path
 from workbench import machine
 from workbench.findings import Check, reading_check, show
 
-INSTALL = "install the environment again: make clean, then make test (on a GPU cluster: environment.yml)"
+INSTALL = "install the environment again: make clean, then make test (with GPUs make setup-gpu)"
 TIMEOUT = 120.0  # seconds for TensorFlow's first import from a slow disk, and for two ranks to meet
 OLDEST_DRIVER = 525  # of NVIDIA: the first whose minor version compatibility covers CUDA 12
 
@@ -181,7 +181,7 @@ def _gpus(look: dict) -> Check:
         advice = (
             "CUDA_VISIBLE_DEVICES hides them, or the driver is too old for CUDA 12.5"
             if look.get("cuda")
-            else "this is the CPU environment: environment.yml makes the one for GPUs"
+            else "this is the CPU environment: make setup-gpu, or environment.yml, makes the one for GPUs"
         )
         return Check("GPUs", "warning", f"{present} in the machine, none that TensorFlow sees", advice)
     return Check("GPUs", "ok", "none, training runs on the processor")
@@ -211,7 +211,7 @@ def _horovod(look: dict, *, gpus: bool) -> Check:
     if not look["mpi"]:
         return Check("Horovod", "failed", found, f"ranks start over MPI: {INSTALL}")
     if gpus and not nccl:
-        return Check("Horovod", "warning", found, "GPUs exchange gradients over NCCL: build it as environment.yml says")
+        return Check("Horovod", "warning", found, "GPUs exchange gradients over NCCL: make setup-gpu builds it so")
     return Check("Horovod", "ok", found)
 
 
