@@ -1,6 +1,7 @@
 """What the preflight says of a recipe is what the pipeline then does, and wrong input is one sentence."""
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,14 @@ SMALL = {
     "workers": 2,
 }
 STORED = SMALL["image_size"] + SMALL["shard_margin"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once():
+    """A network is counted by a process of its own, which takes seconds: here each once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "_count_network", functools.cache(preflight._count_network))
+        yield
 
 
 @pytest.fixture

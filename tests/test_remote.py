@@ -139,6 +139,8 @@ class TestHosts:
         sentence, seconds = refusal(2, two_hosts(modules=["nosuch"], **site))
         assert "nosuch" in sentence
         assert seconds < 60
+        sentence, _ = refusal(2, two_hosts(hosts={"node1": 1, "node2": 1}, setup=["exit 3"]))
+        assert re.search(r"did not start \(rank [01]: it ended with exit status 3\): run", sentence), sentence
 
     def test_the_doctor_calls_the_roll(self, two_hosts, capsys):
         assert rollcall.main(two_hosts(hosts={"node1": 1, "node2": 1})) == 0

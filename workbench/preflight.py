@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +264,6 @@ def _count(plan: Plan) -> dict:
     return held | {"rank": rank, "gpu": estimate.memory_of_gpu(held, batch_size=config.batch_size)}
 
 
-@lru_cache
 def _count_network(network: str) -> dict:
     """In a process of its own, which takes seconds: this one stays without TensorFlow."""
     return machine.run_python(_COUNT, network, timeout=TIMEOUT)

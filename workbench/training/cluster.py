@@ -311,12 +311,10 @@ class _Processes:
         lines = postmortem.log_lines(engines) if engines is not None else []
         which, how = postmortem.read_mpiexec(lines, None)
         words = [text for number, text in postmortem.tagged(lines) if which in (None, number)]
-        said = (
-            " ".join(words)[:400]
-            if which is None
-            else ": ".join([f"rank {which}: {how}", " / ".join(words[-3:])])[:400]
-        )
-        said = said or " ".join(line for line in lines if not line.startswith("["))[:400]
+        said = " ".join(words)
+        if which is not None:
+            said = ": ".join(filter(None, [f"rank {which}: {how}", " / ".join(words[-3:])]))
+        said = said[:400] or " ".join(line for line in lines if not line.startswith("["))[:400]
         late = f"did not come up within {timeout:.0f} s" if isinstance(error, TimeoutError) else "did not start"
         return f"The {workers} workers {late} ({said or error}): run `workbench doctor`, or ask for fewer."
 
