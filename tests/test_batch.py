@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from workbench import WorkbenchError, batch, cli, runs
+from workbench import Interrupted, WorkbenchError, batch, cli, runs
 from workbench.analysis import calibration, thresholds
 from workbench.training import augmented
 
@@ -291,6 +291,27 @@ def test_what_a_kernel_says_while_it_ends_goes_to_its_log(tmp_path, capfd):
     batch._execute_notebook(tmp_path, tmp_path / "run", "01_explore_dataset", {}, batch._Interrupts())
     assert "a library at its end" in (tmp_path / "run" / "notebooks" / "01_explore_dataset.log").read_text()
     assert "a library at its end" not in capfd.readouterr().err
+
+
+@pytest.mark.notebooks
+def test_an_interrupt_in_the_last_cell_of_a_stage_ends_the_run_before_the_next(root):
+    """A kernel that hears it too late, or is about to end, must not let the run go on."""
+    notebook = nbformat.read(root / "notebooks" / "01_explore_dataset.ipynb", as_version=4)
+    deaf = "import os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    deaf += "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(1)"
+    notebook.cells.append(nbformat.v4.new_code_cell(deaf))
+    nbformat.write(notebook, root / "notebooks" / "01_explore_dataset.ipynb")
+    parameters = batch.check_parameters(root, {}, where="here")
+    folder = runs.create_run(root, "late", parameters=parameters)
+    with pytest.raises(Interrupted, match=r"in 02_write_shards; .* go on with `workbench run --resume late`"):
+        batch.execute(root, folder, parameters, list(batch.STAGES))
+    record = runs.read_run(folder)
+    told = [stage["status"] for stage in record["stages"].values()]
+    assert (record["status"], told) == ("interrupted", ["finished", "interrupted"] + ["planned"] * 3)
+    nbformat.write(
+        nbformat.from_dict(notebook | {"cells": notebook.cells[:-1]}), root / "notebooks" / "01_explore_dataset.ipynb"
+    )
+    assert runs.read_run(batch.resume_run(root, "late"))["status"] == "finished"
 
 
 @pytest.mark.notebooks

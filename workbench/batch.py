@@ -256,41 +256,47 @@ def _execute(root: Path, folder: Path, parameters: dict, stages: list[str], afte
     planned = {stage: {"status": "planned", "seconds": 0.0} for stage in stages}
     runs.update_run(folder, stages={name: (done | planned)[name] for name in STAGES if name in done | planned})
     print(f"run {folder.name}: {len(stages)} notebooks, into {folder}", flush=True)
-    for stage in stages:
-        number = list(STAGES).index(stage) + 1
-        print(f"[{number}/{len(STAGES)}] {stage}: {STAGES[stage]}", flush=True)
-        given = {name: parameters[name] for name in known[stage] if name in parameters}
-        given |= {"run": folder.name}
-        if "resume" in known[stage]:
-            given["resume"] = runs.has_checkpoint(folder)
-        # What an attempt before this one took counts as well.
-        before, began = done.get(stage, {}).get("seconds", 0.0), time.monotonic()
-        try:
-            with _interrupts() as interrupts:
-                _execute_notebook(root, folder, stage, given, interrupts)
-        except BaseException as error:
-            stopped = bool(interrupts.asked)
-            if isinstance(error, OSError) and not stopped:
-                # A full disk, most often, on which the record could not be changed either.
-                raise WorkbenchError(
-                    f"{stage} cannot be written ({error.strerror or error}): make room or allow writing in {folder}, "
-                    f"and go on with `workbench run --resume {folder.name}`."
-                ) from None
-            seconds = round(before + time.monotonic() - began, 1)
-            status = "interrupted" if stopped else "failed"
-            runs.update_run(
-                folder, status=status, ended=runs.now(), stages={stage: {"status": status, "seconds": seconds}}
-            )
-            if stopped:
-                raise Interrupted(_interruption(folder, stage, error)) from None
-            if not isinstance(error, PapermillExecutionError | DeadKernelError):
-                raise
-            raise WorkbenchError(_failure(folder, stage, error)) from None
-        seconds = round(before + time.monotonic() - began, 1)
-        runs.update_run(folder, stages={stage: {"status": "finished", "seconds": seconds}})
-        print(f"[{number}/{len(STAGES)}] {stage}: done in {seconds:.0f} s", flush=True)
-        if after:
-            after(stage)
+    # One for all stages: what is asked for between two of them is heard by the next.
+    with _interrupts() as interrupts:
+        for stage in stages:
+            given = {name: parameters[name] for name in known[stage] if name in parameters} | {"run": folder.name}
+            if "resume" in known[stage]:
+                given["resume"] = runs.has_checkpoint(folder)
+            # What an attempt before this one took counts as well.
+            _execute_stage(root, folder, stage, given, interrupts, took=done.get(stage, {}).get("seconds", 0.0))
+            if after:
+                after(stage)
+
+
+def _execute_stage(root: Path, folder: Path, stage: str, given: dict, interrupts: _Interrupts, *, took: float) -> None:
+    """Execute one notebook and record how that ended, with the seconds that it `took` before and now."""
+    shown, began = f"[{list(STAGES).index(stage) + 1}/{len(STAGES)}] {stage}", time.monotonic()
+    print(f"{shown}: {STAGES[stage]}", flush=True)
+
+    def record(how: str, **run: Any) -> float:
+        seconds = round(took + time.monotonic() - began, 1)
+        runs.update_run(folder, **run, stages={stage: {"status": how, "seconds": seconds}})
+        return seconds
+
+    try:
+        interrupts.check()
+        _execute_notebook(root, folder, stage, given, interrupts)
+    except BaseException as error:
+        stopped = bool(interrupts.asked)
+        if isinstance(error, OSError) and not stopped:
+            # A full disk, most often, on which the record could not be changed either.
+            raise WorkbenchError(
+                f"{stage} cannot be written ({error.strerror or error}): make room or allow writing in {folder}, "
+                f"and go on with `workbench run --resume {folder.name}`."
+            ) from None
+        status = "interrupted" if stopped else "failed"
+        record(status, status=status, ended=runs.now())
+        if stopped:
+            raise Interrupted(_interruption(folder, stage, error)) from None
+        if not isinstance(error, PapermillExecutionError | DeadKernelError):
+            raise
+        raise WorkbenchError(_failure(folder, stage, error)) from None
+    print(f"{shown}: done in {record('finished'):.0f} s", flush=True)
 
 
 class _Interrupts:
@@ -301,18 +307,19 @@ class _Interrupts:
     """
 
     def __init__(self):
-        self.asked, self.kernel = 0, None  # how often; the process of the kernel that runs now
+        self.asked, self.kernel = 0, None  # how often; the process of the kernel that runs now, if one does
 
     def ask(self, _number, _frame) -> None:
         self.asked += 1
-        if self.kernel is None or self.asked > 2:
+        if self.asked > (2 if self.kernel else 1):
             raise KeyboardInterrupt
         # A kernel that has ended in the meantime is told by its absence.
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.kernel, signal.SIGINT if self.asked == 1 else signal.SIGKILL)
+            if self.kernel:
+                os.kill(self.kernel, signal.SIGINT if self.asked == 1 else signal.SIGKILL)
 
     def check(self) -> None:
-        """Between two cells a kernel does not listen."""
+        """Between two cells a kernel does not listen, and between two notebooks there is none."""
         if self.asked:
             raise KeyboardInterrupt
 
@@ -332,6 +339,7 @@ def _interrupts() -> Iterator[_Interrupts]:
 
 
 def _execute_notebook(root: Path, folder: Path, stage: str, given: dict, interrupts: _Interrupts) -> None:
+    interrupts.kernel = None
     papermill.execute_notebook(
         root / "notebooks" / f"{stage}.ipynb",
         folder / "notebooks" / f"{stage}.ipynb",
