@@ -229,13 +229,15 @@ def look_from_elsewhere(page, lab, project, shot) -> None:
     other.close()
 
 
-def test_training_in_the_background_is_found_again_by_a_reloaded_page(page, lab, project, shot):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_reloaded_page_finds_the_training_again(page, lab, project, shot, background):
     notebook, folder = project / "notebooks" / "03_train.ipynb", project / "results" / "seen"
     done = len((folder / "history.csv").read_text().splitlines()) - 1
-    set_parameters(notebook, resume=True, background=True, epochs=done + 3000)
+    set_parameters(notebook, resume=True, background=background, epochs=done + 3000)
     open_notebook(page, lab, "03_train")
     run_all(page)
-    show(page, "The training goes on in the background")
+    if background:
+        show(page, "The training goes on in the background")
     show(page, "images/s in all")
     page.locator(".widget-image").wait_for()
     page.keyboard.press("Control+s")
@@ -244,11 +246,11 @@ def test_training_in_the_background_is_found_again_by_a_reloaded_page(page, lab,
     page.reload()
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     before = show(page, "images/s in all").inner_text()
-    shot("03-reloaded")
+    shot(f"03-reloaded-{background}")
     page.wait_for_function(CHANGED, arg=before)
     page.get_by_role("button", name="Stop at the next step").click()
     show(page, "It was stopped")
-    shot("03-stopped-by-the-panel")
+    shot(f"03-stopped-by-the-panel-{background}")
     assert json.loads((folder / runs.PROGRESS).read_text())["status"] == "interrupted"
 
 

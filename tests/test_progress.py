@@ -1,5 +1,6 @@
 """The live view: what each rank measures of itself, the file that others follow, and how a view of it ends."""
 
+import asyncio
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 
 from workbench import Interrupted, WorkbenchError, runs
 from workbench.training import panel, progress, session
+from workbench.training.config import TrainConfig
 
 RANK = {"images_per_second": 10.0, "input_wait_share": 0.01, "exchange_share": 0.2, "memory": 1 << 30}
 ROW = {"epoch": 1, "loss": 0.3, "val_loss": 0.4, "val_auroc": float("nan"), "learning_rate": 1e-3, "seconds": 20.0}
@@ -161,13 +163,50 @@ def test_a_table_of_many_epochs_keeps_the_last_and_the_best():
 
 
 def test_a_training_in_the_background_is_waited_for_only_where_nobody_looks(monkeypatch):
-    """A kernel that waits answers no page that is reloaded."""
+    """Other cells would have to wait as well."""
     training = session.Training(background=True)
     monkeypatch.setattr(progress, "looked_at", lambda: True)
     with pytest.raises(session.StillTraining, match="goes on in the background"):
-        training.wait()
+        asyncio.run(training.wait())
     monkeypatch.setattr(progress, "looked_at", lambda: False)
     threading.Timer(0.3, training._over.set).start()
-    assert training.wait() == []
+    assert asyncio.run(training.wait()) == []
     monkeypatch.setattr(progress, "looked_at", lambda: True)
-    assert training.wait() == []
+    assert asyncio.run(training.wait()) == []
+
+
+def test_while_a_training_is_awaited_each_interrupt_stops_it_and_none_breaks_off(monkeypatch):
+    training, before = session.Training(), signal.getsignal(signal.SIGINT)
+
+    async def interrupted() -> None:
+        waiting = asyncio.create_task(training.wait())
+        for number in (1, 2):
+            await asyncio.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(0.1)
+            assert training._stops == number
+        training._error = Interrupted("Interrupted twice, and ended at once.")
+        training._over.set()
+        await waiting
+
+    with pytest.raises(Interrupted, match="twice"):
+        asyncio.run(interrupted())
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_start_that_waits_can_be_stopped_and_the_view_tells_it(monkeypatch, tmp_path):
+    """Workers may stand in a queue for hours."""
+    told = []
+    monkeypatch.setattr(progress, "view", lambda stop: told.append)
+    config = TrainConfig(shard_folder=str(tmp_path), network="Tiny")
+
+    async def stopped() -> None:
+        training = await session.train(config, tmp_path, workers=1, background=True)
+        training.stop()
+        await training.wait()
+
+    with pytest.raises(Interrupted, match=r"before the first step: nothing was written\.$"):
+        asyncio.run(stopped())
+    assert told[-1]["status"] == "interrupted"
+    assert "It was stopped: Interrupted before" in progress.summary(told[-1])
+    assert list(tmp_path.iterdir()) == []

@@ -229,7 +229,9 @@ class _Processes:
         self._controller: list[psutil.Process] = []
         self._killed_for_memory = postmortem.killed_for_memory()
 
-    def connect(self, workers: int, timeout: float, hang_limit: float) -> tuple[ipyparallel.Client, list[dict]]:
+    def connect(
+        self, workers: int, timeout: float, hang_limit: float, look: Callable[[], None]
+    ) -> tuple[ipyparallel.Client, list[dict]]:
         """Start everything, wait for all ranks, and return the client and what each rank says of itself."""
         deadline = time.monotonic() + timeout
         self._made.start_cluster_sync()
@@ -237,11 +239,12 @@ class _Processes:
             self._client = client = self._made.connect_client_sync()
         if self._site.kind == "slurm":
             self._job = slurm.Job(self._made.engine_set.job_id, self._site)
-            self._job.wait_in_queue()
+            self._job.wait_in_queue(look)
             deadline = time.monotonic() + timeout
         stopped_since: dict[int, float] = {}
         answers: dict[int, ipyparallel.AsyncResult] = {}
         while len(answers) < workers or not all(answer.ready() for answer in answers.values()):
+            look()
             now = time.monotonic()
             for process in self._gather():
                 if not postmortem.is_stopped(process):
@@ -375,6 +378,7 @@ def start(
     hang_limit: float = HANG_LIMIT,
     site: Site | None = None,
     environment: dict[str, str] | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> Iterator[Workers]:
     """Start MPI ranks, and stop them when the block ends.
 
@@ -388,6 +392,7 @@ def start(
         hang_limit: seconds for which a rank may give no sign of life, or all may stand still without computing.
         site: where they run; None: on this host.
         environment: further variables for the ranks, such as `TrainConfig.horovod_environment()`.
+        look: called again and again until all ranks have come; what it raises ends the start.
 
     Raises:
         WorkbenchError: there are not that many cores or slots, a host or Slurm says no, or the ranks did not come up in
@@ -429,7 +434,7 @@ def start(
     processes = _Processes(made, folder, site)
     try:
         try:
-            client, told = processes.connect(workers, timeout, hang_limit)
+            client, told = processes.connect(workers, timeout, hang_limit, look)
         except (TimeoutError, ipyparallel.error.IPythonError, OSError, RuntimeError, CalledProcessError) as error:
             raise WorkbenchError(processes.why_not(workers, timeout, error)) from None
         # An engine's id is the order in which it registered; its rank is what MPI says.

@@ -1,8 +1,8 @@
 """The live panel of a training in JupyterLab: bars, growing curves, the ranks, a button to stop.
 
-Widgets live in the kernel, which shows them again in a page that is reloaded, if no cell runs: so it is with a training
-in the background. While a cell runs, `progress.follow` shows the training in any other notebook. When it has ended the
-panel becomes a picture and tables that are kept in the notebook's file, where widgets would be lost with the kernel.
+Widgets live in the kernel, which shows them again in a page that is reloaded, unless a cell blocks it: so trainings are
+awaited, see `session`. In any other notebook `progress.follow` shows the same. When the training has ended the panel
+becomes a picture and tables that are kept in the notebook's file, where widgets would be lost with the kernel.
 
     show = panel.panel(stop=workers.stop)
     show(told)                              # what progress.read returns, as often as there is news

@@ -1,18 +1,25 @@
 """A training from start to end on a cluster of its own, while the cell waits or in the background.
 
-training = session.train(config, root, workers=2, background=True)    # returns at once
-training.folder, training.stop()                                      # in any later cell
-summaries = training.wait()                                           # what each rank returned, when it has ended
+training = await session.train(config, root, workers=2)    # the cell waits; with `background=True` it returns at once
+training.folder, training.stop()                           # in any later cell
+summaries = await training.wait()                          # what each rank returned, when it has ended
+
+The work is done in a thread, and a cell awaits it: a kernel that awaits answers the panel's button, and a page that is
+reloaded, which one that blocks does not.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from workbench import Interrupted, WorkbenchError, runs
+from workbench import Interrupted, WorkbenchError, one_line, runs
 from workbench.training import cluster, progress
 from workbench.training.config import TrainConfig
 from workbench.training.sites import Site
@@ -39,11 +46,10 @@ class Training:
         if self._ranks is not None:
             self._ranks.stop()
 
-    def wait(self) -> list[dict]:
+    async def wait(self) -> list[dict]:
         """Wait for its end and return what each rank returned; an interrupt stops it.
 
-        In JupyterLab a training in the background is not waited for: a kernel that runs a cell answers neither other
-        cells nor a page that was reloaded.
+        In JupyterLab a training in the background is not waited for, since other cells would wait as well.
 
         Raises:
             StillTraining: it is in the background, somebody looks, and it has not ended.
@@ -54,20 +60,22 @@ class Training:
                 "The training goes on in the background, and the panel above shows it, in a page that is reloaded too. "
                 "When it has ended, run this cell and those below: Run, then Run Selected Cell and All Below."
             )
-        while not self._over.is_set():
-            try:
-                self._over.wait(0.2)
-            except KeyboardInterrupt:
-                self.stop()
+        with _on_interrupt(self.stop):
+            while not self._over.is_set():
+                await asyncio.sleep(0.2)
         if self._error is not None:
             raise self._error
         return self._summaries
 
+    def _look(self) -> None:
+        """Ends the start of the workers, which may wait for hours in a queue."""
+        if self._stops:
+            raise Interrupted("Interrupted before the first step: nothing was written.")
+
     def _run(self, config, root, run, resume, where, record, facts, show) -> None:
-        with cluster.start(**where, environment=config.horovod_environment()) as ranks:
+        with cluster.start(**where, environment=config.horovod_environment(), look=self._look) as ranks:
             self._ranks = ranks
-            if self._stops:
-                raise Interrupted("Interrupted before the first step: nothing was written.")
+            self._look()
             self.folder = runs.open_run(root, run, resume=resume, parameters=record)
             runs.update_run(self.folder, **facts)
             hosts = ", ".join(sorted(set(ranks.hosts)))
@@ -82,19 +90,37 @@ class Training:
                     advice=runs.how_to_resume(self.folder),
                 )
 
-    def _run_aside(self, *settings) -> None:
+    def _run_aside(self, *settings, show) -> None:
+        began = time.monotonic()
         try:
-            self._run(*settings)
+            self._run(*settings, show)
         except BaseException as error:  # whoever waits gets it
             self._error = error
-            if not isinstance(error, WorkbenchError):
-                raise
-            print(f"{type(error).__name__}: {error}", flush=True)
+            if self.folder is None:
+                # Else the progress of the run tells it.
+                status, said = "interrupted" if isinstance(error, Interrupted) else "failed", one_line(str(error))
+                nothing = {"run": "training", "progress": {"history": []}, "losses": []}
+                show(nothing | {"status": status, "said": said, "seconds": time.monotonic() - began})
+            if self._background:
+                print(f"{type(error).__name__}: {error}", flush=True)
         finally:
             self._over.set()
 
 
-def train(
+@contextmanager
+def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Have SIGINT (Ctrl-C, JupyterLab's stop button) call this, each time, instead of breaking off what awaits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+async def train(
     config: TrainConfig,
     root: str | os.PathLike,
     *,
@@ -117,7 +143,7 @@ def train(
         workers, threads, hang_limit, site: as for `cluster.start`.
         record: the parameters that a new run's record keeps.
         facts: entries of the run's record, known before it begins.
-        background: return at once, and leave the kernel to other cells, and to a page that is reloaded.
+        background: return at once, and leave the kernel to other cells.
 
     Raises:
         What `Training.wait` does, unless it is in the background.
@@ -126,12 +152,9 @@ def train(
     # Displayed by the cell that asks, whoever keeps it up to date.
     show = progress.view(training.stop)
     where = {"workers": workers, "threads": threads, "hang_limit": hang_limit, "site": site}
-    settings = (config, Path(root), run, resume, where, record, dict(facts or {}), show)
-    if background:
-        threading.Thread(target=training._run_aside, args=settings, name="training", daemon=True).start()
-    else:
-        try:
-            training._run(*settings)
-        finally:
-            training._over.set()
+    settings = (config, Path(root), run, resume, where, record, dict(facts or {}))
+    aside = {"target": training._run_aside, "args": settings, "kwargs": {"show": show}}
+    threading.Thread(**aside, name="training", daemon=True).start()
+    if not background:
+        await training.wait()
     return training

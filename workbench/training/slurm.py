@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -135,8 +135,8 @@ class Job:
                 self._state = state
         return self._state
 
-    def wait_in_queue(self) -> None:
-        """Print how it stands until it runs, or has run.
+    def wait_in_queue(self, look: Callable[[], None] = lambda: None) -> None:
+        """Print how it stands until it runs, or has run; `look` is called again and again, and may raise.
 
         Raises:
             WorkbenchError: it never will, has ended, or waits longer than the cluster's `queue_limit`.
@@ -144,6 +144,7 @@ class Job:
         began, told = time.monotonic(), ""
         # One that has ended by itself ran, if only for a moment: what it said is in its log.
         while not (state := self.state()).running and state.word not in ("COMPLETED", "FAILED"):
+            look()
             waited = time.monotonic() - began
             if not state.queued or state.reason in NEVER or (state.reason == AT_FIRST and waited > NOT_SAID):
                 raise WorkbenchError(self.explain())
