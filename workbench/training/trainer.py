@@ -14,6 +14,7 @@ import math
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from workbench.training.config import TrainConfig, better, decay_after
 from workbench.training.pulse import PATIENCE, beat, exchange
 
 Report = Callable[[dict], None]
+PACED = 10  # seconds, at least, over which a rank's own pace is measured: that of one second jumps about
 
 
 def train(
@@ -411,7 +413,8 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
     began = told = time.perf_counter()
     waited, losses = 0.0, []
     distributed.begin_steps()
-    pace = _Pace(began, *distributed.exchange_seconds())
+    # Of the first measurement, with the compilation in it, no later one knows.
+    start, paces = _Pace(began, *distributed.exchange_seconds()), deque(maxlen=PACED)
     for step in range(steps):
         asked = time.perf_counter()
         radiographs, labels = next(batches)
@@ -427,7 +430,9 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
         # At an epoch's end as well, since some are shorter than a second.
         if time.perf_counter() - told > 1 or done == steps:
             told = time.perf_counter()
-            pace = _measure_pace(pace, _Pace(told, *distributed.exchange_seconds(), waited, done), config.batch_size)
+            pace = _Pace(told, *distributed.exchange_seconds(), waited, done)
+            _measure_pace(paces[0] if paces else start, pace, config.batch_size)
+            paces.append(pace)
             tell(
                 {
                     "phase": "training",
@@ -469,8 +474,8 @@ class _Pace:
     steps: int = 0
 
 
-def _measure_pace(before: _Pace, now: _Pace, batch_size: int) -> _Pace:
-    """Tell with this rank's signs of life how it did since `before`; returns `now`."""
+def _measure_pace(before: _Pace, now: _Pace, batch_size: int) -> None:
+    """Tell with this rank's signs of life how it did since `before`."""
     seconds, exchanging = now.clock - before.clock, now.exchanging - before.exchanging
     # Horovod: all ranks do as many steps a second; how fast each would be shows in the time that is its own.
     own = now.own - before.own or seconds
@@ -480,7 +485,6 @@ def _measure_pace(before: _Pace, now: _Pace, batch_size: int) -> _Pace:
         exchange_share=min(max(exchanging / seconds, 0.0), 1.0),
     )
     pulse.measure(**distributed.measure_gpu())
-    return now
 
 
 def _training_batches(config: TrainConfig, epoch: int, world: distributed.World) -> tf.data.Dataset:
