@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from workbench import Interrupted, WorkbenchError, runs
@@ -20,7 +22,7 @@ ROW = {"epoch": 1, "loss": 0.3, "val_loss": 0.4, "val_auroc": float("nan"), "lea
 ROW |= {"images_per_second": 9.0, "input_wait_share": 0.01, "best": 1}
 STATE = {"phase": "training", "epoch": 2, "epochs": 4, "step": 5, "steps": 10, "loss": 0.2, "learning_rate": 1e-3}
 STATE |= {"images_per_second": 12.0, "input_wait_share": 0.0, "epoch_seconds": 10.0, "history": [ROW]}
-STATE |= {"ranks": [RANK, RANK | {"images_per_second": 8.0}]}
+STATE |= {"ranks": [RANK, RANK | {"images_per_second": 8.0, "exchange_share": 0.1}]}
 
 WATCHING = """
 import sys, time
@@ -39,7 +41,7 @@ def test_the_slowest_rank_is_marked_once_all_have_measured():
     assert progress.find_slowest([RANK, {"memory": 1}]) is None
     assert progress.find_slowest([RANK]) is None
     assert progress.rank_lines(STATE["ranks"])[1].endswith(
-        "8.0 images/s by itself, waits 1% for input, 20% in the exchange, 1.00 GiB, the slowest"
+        "8.0 images/s by itself, waits 1% for input, 10% in the exchange, 1.00 GiB, the slowest"
     )
     assert "<b>1 ◀ slowest</b>" in progress.rank_table(STATE["ranks"])
 
@@ -142,6 +144,29 @@ def test_the_rank_that_is_slowed_is_the_one_that_is_marked(ranks, tiny_config, n
     assert marked.count(slow) > 0.7 * len(marked), told
     mean = [sum(ranks[rank]["exchange_share"] for ranks in told) / len(told) for rank in (0, 1)]
     assert mean[1 - slow] > mean[slow], "the other one waits for it"
+
+
+def test_a_rank_that_is_stopped_half_of_the_time_from_outside_is_marked(ranks, tiny_config, new_run):
+    """As by another user's work on its cores."""
+    seen, config, two = [], replace(tiny_config, epochs=14), ranks(2)
+    process, over = psutil.Process(two.run("os.getpid")[1]), threading.Event()
+
+    def disturb() -> None:
+        while not over.wait(0.1):
+            process.suspend()
+            time.sleep(0.1)
+            process.resume()
+
+    disturbing = threading.Thread(target=disturb)
+    disturbing.start()
+    try:
+        two.run("workbench.training.trainer.train", config, new_run(), watch=seen.append)
+    finally:
+        over.set()
+        disturbing.join()
+    told = [state["ranks"] for state in seen if all("exchange_share" in rank for rank in state["ranks"])]
+    marked = [progress.find_slowest(ranks) for ranks in told]
+    assert marked.count(1) > 0.7 * len(marked) > 5, told
 
 
 def test_curves_are_drawn_from_the_first_step_on_even_where_figures_are_undefined():

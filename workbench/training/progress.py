@@ -180,9 +180,13 @@ def lines() -> View:
 
 
 def find_slowest(ranks: list[dict]) -> int | None:
-    """The rank whose own pace is the lowest, for which the others wait; None as long as not all have measured it."""
-    paces = [rank.get("images_per_second") for rank in ranks]
-    return paces.index(min(paces)) if len(paces) > 1 and None not in paces else None
+    """The rank for which the others wait, which waits least itself; None as long as not all have measured it.
+
+    All do as many steps a second, so that the longest time by itself goes with the least in exchanges. Shares, since
+    ranks do not measure the same seconds, in which all may be slower or faster.
+    """
+    shares = [rank.get("exchange_share") for rank in ranks]
+    return shares.index(min(shares)) if len(shares) > 1 and None not in shares else None
 
 
 def rank_lines(ranks: list[dict]) -> list[str]:
