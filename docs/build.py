@@ -138,14 +138,14 @@ def write_reference(place: Path) -> None:
     for wing, title in WINGS.items():
         folder = ROOT.joinpath(*wing.split("."))
         names = [f"{wing}.{path.stem}" for path in sorted(folder.glob("*.py")) if not path.stem.startswith("__")]
-        if wing == "workbench.analysis":
-            names.append("workbench.analysis.plots")
+        packages = [f"{wing}.{path.parent.name}" for path in sorted(folder.glob("*/__init__.py"))]
         (place / f"{wing}.md").write_text(
-            f"# {title}\n\n```{{toctree}}\n:maxdepth: 1\n\n" + "".join(f"{name}-module\n" for name in names) + "```\n"
+            f"# {title}\n\n```{{toctree}}\n:maxdepth: 1\n\n"
+            + "".join(f"{name}-module\n" for name in names + packages)
+            + "```\n"
         )
-        for name in names:
-            members = "imported-members" if name.endswith(".plots") else "members"
-            options = ":members:\n" + (":imported-members:\n" if members == "imported-members" else "")
+        for name in names + packages:
+            options = ":members:\n" + (":imported-members:\n" if name in packages else "")
             page = f"# {name.removeprefix('workbench.')}\n\n```{{eval-rst}}\n.. automodule:: {name}\n"
             (place / f"{name}-module.md").write_text(
                 page + "".join(f"   {line}\n" for line in options.split()) + "```\n"

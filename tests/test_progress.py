@@ -146,6 +146,7 @@ def test_the_rank_that_is_slowed_is_the_one_that_is_marked(ranks, tiny_config, n
     assert mean[1 - slow] > mean[slow], "the other one waits for it"
 
 
+@pytest.mark.mpi
 def test_a_rank_that_is_stopped_half_of_the_time_from_outside_is_marked(ranks, tiny_config, new_run):
     """As by another user's work on its cores."""
     seen, config, two = [], replace(tiny_config, epochs=14), ranks(2)
@@ -219,6 +220,26 @@ def test_while_a_training_is_awaited_each_interrupt_stops_it_and_none_breaks_off
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_an_interrupt_before_it_is_awaited_stops_it_too(monkeypatch, tmp_path):
+    """An event loop then cancels what is awaited next."""
+
+    def slow_view(_stop):
+        os.kill(os.getpid(), signal.SIGINT)
+        return lambda told: None
+
+    monkeypatch.setattr(progress, "view", slow_view)
+    monkeypatch.setattr(session.Training, "_run", lambda training, *_: wait_for_stop(training))
+
+    def wait_for_stop(training) -> None:
+        for _ in range(200):
+            training._look()
+            time.sleep(0.05)
+
+    with pytest.raises(Interrupted, match="before the first step"):
+        asyncio.run(session.train(TrainConfig(shard_folder="none", network="Tiny"), tmp_path, workers=1))
+
+
+@pytest.mark.mpi
 def test_a_start_that_waits_can_be_stopped_and_the_view_tells_it(monkeypatch, tmp_path):
     """Workers may stand in a queue for hours."""
     told = []

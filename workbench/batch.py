@@ -339,21 +339,23 @@ def _interrupts() -> Iterator[_Interrupts]:
 
 
 def _execute_notebook(root: Path, folder: Path, stage: str, given: dict, interrupts: _Interrupts) -> None:
-    interrupts.kernel = None
-    papermill.execute_notebook(
-        root / "notebooks" / f"{stage}.ipynb",
-        folder / "notebooks" / f"{stage}.ipynb",
-        parameters=given,
-        cwd=root / "notebooks",
-        kernel_name="python3",
-        engine_name="announcing",
-        before_cell=interrupts.check,
-        progress_bar=False,
-        # What the kernel's own log says (its transport, the interrupt at its end) is nothing to the reader.
-        extra_arguments=["--log-level=CRITICAL"],
-        stdout_file=_Indented(sys.stdout),
-        kernel_manager_class=_logged_kernel(folder / "notebooks" / f"{stage}.log", interrupts),
-    )
+    try:
+        papermill.execute_notebook(
+            root / "notebooks" / f"{stage}.ipynb",
+            folder / "notebooks" / f"{stage}.ipynb",
+            parameters=given,
+            cwd=root / "notebooks",
+            kernel_name="python3",
+            engine_name="announcing",
+            before_cell=interrupts.check,
+            progress_bar=False,
+            # What the kernel's own log says (its transport, the interrupt at its end) is nothing to the reader.
+            extra_arguments=["--log-level=CRITICAL"],
+            stdout_file=_Indented(sys.stdout),
+            kernel_manager_class=_logged_kernel(folder / "notebooks" / f"{stage}.log", interrupts),
+        )
+    finally:
+        interrupts.kernel = None
 
 
 def _logged_kernel(path: Path, interrupts: _Interrupts) -> type[AsyncKernelManager]:

@@ -37,6 +37,7 @@ class Training:
         self._background = background
         self._ranks: cluster.Workers | None = None
         self._stops, self._over = 0, threading.Event()
+        self._shown = False  # whether the run's progress tells the view how it ends
         self._summaries: list[dict] = []
         self._error: BaseException | None = None
 
@@ -62,7 +63,10 @@ class Training:
             )
         with _on_interrupt(self.stop):
             while not self._over.is_set():
-                await asyncio.sleep(0.2)
+                try:
+                    await asyncio.sleep(0.2)
+                except asyncio.CancelledError:  # an interrupt that came before this waited
+                    self.stop()
         if self._error is not None:
             raise self._error
         return self._summaries
@@ -81,6 +85,9 @@ class Training:
             hosts = ", ".join(sorted(set(ranks.hosts)))
             print(f"{len(ranks)} ranks on {hosts}, into {self.folder.relative_to(root)}", flush=True)
             with progress.watch(self.folder, show=show) as watching:
+                self._shown = True
+                if self._stops:
+                    raise Interrupted(f"Interrupted before the first step. {runs.how_to_resume(self.folder)}")
                 self._summaries = ranks.run(
                     "workbench.training.trainer.train",
                     config,
@@ -96,10 +103,13 @@ class Training:
             self._run(*settings, show)
         except BaseException as error:  # whoever waits gets it
             self._error = error
-            if self.folder is None:
-                # Else the progress of the run tells it.
+            if not self._shown:
                 status, said = "interrupted" if isinstance(error, Interrupted) else "failed", one_line(str(error))
-                nothing = {"run": "training", "progress": {"history": []}, "losses": []}
+                nothing = {
+                    "run": self.folder.name if self.folder else "training",
+                    "progress": {"history": []},
+                    "losses": [],
+                }
                 show(nothing | {"status": status, "said": said, "seconds": time.monotonic() - began})
             if self._background:
                 print(f"{type(error).__name__}: {error}", flush=True)

@@ -36,7 +36,7 @@ from workbench.training.config import TrainConfig, better, decay_after
 from workbench.training.pulse import PATIENCE, beat, exchange
 
 Report = Callable[[dict], None]
-PACED = 10  # seconds, at least, over which a rank's own pace is measured: that of one second jumps about
+PACED = 10  # measurements of an epoch, each of a second or more, that make a rank's pace: that of one jumps about
 
 
 def train(
@@ -431,8 +431,9 @@ def _train_epoch(config, train_step, optimizer, epoch, steps, decay, world, tell
         if time.perf_counter() - told > 1 or done == steps:
             told = time.perf_counter()
             pace = _Pace(told, *distributed.exchange_seconds(), waited, done)
-            _measure_pace(paces[0] if paces else start, pace, config.batch_size)
-            paces.append(pace)
+            if not paces or pace.clock - paces[-1].clock > 1:
+                _measure_pace(paces[0] if paces else start, pace, config.batch_size)
+                paces.append(pace)
             tell(
                 {
                     "phase": "training",

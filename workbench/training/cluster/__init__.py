@@ -6,7 +6,7 @@ workers run elsewhere. Results come in the order of the MPI ranks, which is not 
 client imports no TensorFlow: functions are named.
 
     with cluster.start(workers=2) as workers:
-        summaries = workers.run("workbench.training.trainer.train", config, folder, watch=progress.watch())
+        summaries = workers.run("workbench.training.trainer.train", config, folder, watch=shown)
     with cluster.start(workers=16, site=sites.read_site(root, "gpu")) as workers:
         ...
 """
@@ -80,7 +80,7 @@ def start(
         hang_limit: seconds for which a rank may give no sign of life, or all may stand still without computing.
         site: where they run; None: on this host.
         environment: further variables for the ranks, such as `TrainConfig.horovod_environment()`.
-        look: called again and again until all ranks have come; what it raises ends the start.
+        look: called before anything is started and then until all ranks have come; what it raises ends the start.
 
     Raises:
         WorkbenchError: there are not that many cores or slots, a host or Slurm says no, or the ranks did not come up in

@@ -47,6 +47,7 @@ class Processes:
         self, workers: int, timeout: float, hang_limit: float, look: Callable[[], None]
     ) -> tuple[ipyparallel.Client, list[dict]]:
         """Start everything, wait for all ranks, and return the client and what each rank says of itself."""
+        look()
         deadline = time.monotonic() + timeout
         self._made.start_cluster_sync()
         with _signing_unasked():
