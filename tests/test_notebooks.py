@@ -283,7 +283,7 @@ def test_the_site_is_built_of_the_run_without_a_warning(finished, project, tmp_p
         assert "output" in pages[f"notebooks/{stage}.html"], stage
     assert pages["notebooks/04_evaluate.html"].count("<img") >= 8
     assert "Area under the ROC curve" in pages["reference/workbench.analysis.evaluation-module.html"]
-    assert "class Workers" in re.sub("<[^>]+>", "", pages["reference/workbench.training.cluster-module.html"])
+    assert 'id="workbench.training.cluster.Workers.run"' in pages["reference/workbench.training.cluster-module.html"]
     for name, page in pages.items():
         assert str(project) not in page, name
         # It is read without a network.
